@@ -1,0 +1,62 @@
+"""turnout: fast, exact fine-tuning of mixture-of-experts models.
+
+`turnout.patch(model)` is the one line. Importing turnout imports torch and nothing of Hugging Face;
+what needs transformers or PEFT is loaded on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from turnout._version import __version__
+from turnout.experts.ops import expert_mlp
+from turnout.experts.weights import ExpertWeights, Lora, LoraWeights
+from turnout.routing.ops import Routing, route
+from turnout.specs import Activation, ExpertSpec, RouteSpec, Unsupported
+
+if TYPE_CHECKING:
+    from turnout import reference
+    from turnout.integrations.blocks import block_forward, shared_expert_output
+    from turnout.integrations.patching import lora_targets, patch, unpatch
+    from turnout.integrations.routers import spec_of
+
+_LAZY = {
+    "patch": "turnout.integrations.patching",
+    "unpatch": "turnout.integrations.patching",
+    "lora_targets": "turnout.integrations.patching",
+    "spec_of": "turnout.integrations.routers",
+    "block_forward": "turnout.integrations.blocks",
+    "shared_expert_output": "turnout.integrations.blocks",
+}
+
+__all__ = [
+    "Activation",
+    "ExpertSpec",
+    "ExpertWeights",
+    "Lora",
+    "LoraWeights",
+    "RouteSpec",
+    "Routing",
+    "Unsupported",
+    "__version__",
+    "block_forward",
+    "expert_mlp",
+    "lora_targets",
+    "patch",
+    "reference",
+    "route",
+    "shared_expert_output",
+    "spec_of",
+    "unpatch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "reference":
+        return import_module("turnout.reference")
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'turnout' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Expert MLPs: `turnout.experts.reference` defines, `turnout.experts.ops` is public."""

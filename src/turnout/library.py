@@ -1,0 +1,42 @@
+"""`kernel_op`: a `torch.library` op for the compiler, a plain call for everyone else.
+
+Under `torch.compile` a decorated function is one opaque op with a fake, so a graph is whole whatever
+happens inside. In eager mode the function is called directly: an op boundary costs microseconds that
+buy nothing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def kernel_op(
+    name: str, schema: str, fake: Callable[..., Any]
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register the decorated function as `torch.ops.turnout.<name>`.
+
+    Args:
+        name: op name without namespace.
+        schema: arguments and returns in torch's schema language.
+        fake: shapes and dtypes of the result from fake tensors; same signature.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        op = torch.library.custom_op(f"turnout::{name}", function, mutates_args=(), schema=schema)
+        op.register_fake(fake)
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if torch.compiler.is_compiling():
+                return cast(R, op(*args, **kwargs))
+            return function(*args, **kwargs)
+
+        call.__doc__ = function.__doc__
+        return call
+
+    return decorate

@@ -1,0 +1,91 @@
+"""Rows sorted by expert: offsets, row map and its inverse.
+
+A slot is one (token, choice) pair, numbered s = t*K + k. A row is a slot's place after a stable sort
+by expert, so the rows of one expert are contiguous and in slot order:
+
+    rows of expert e = [offsets[e], offsets[e+1])        kept rows = offsets[E]
+
+Slots whose index is not in 0..E-1 (E is the expert-parallel sentinel) sort behind the kept rows and
+are dropped: no GEMM touches them and `combine` counts them as zero. All shapes depend on T, K and E
+only, never on the routing.
+
+Legend: T tokens, K experts per token, S = T*K rows, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ragged:
+    """Slots sorted by expert.
+
+    Attributes:
+        slot_S: row to slot, int64.
+        row_TK: slot to row, int64.
+        offsets: (E + 1,) int32, first row of each expert; the last entry counts the kept rows.
+    """
+
+    slot_S: Tensor
+    row_TK: Tensor
+    offsets: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return self.offsets.numel() - 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.slot_S.numel()
+
+    @property
+    def token_S(self) -> Tensor:
+        """Row to token, int64."""
+        return self.slot_S // max(self.row_TK.shape[1], 1)
+
+    def by_row(self, values_TK: Tensor) -> Tensor:
+        """Per-slot values in row order: (T, K) to (S,)."""
+        return values_TK.reshape(-1)[self.slot_S]
+
+    def by_slot(self, values_S: Tensor) -> Tensor:
+        """Per-row values in slot order: (S,) to (T, K), zero where the slot was dropped."""
+        values = (
+            values_S[self.row_TK] if values_S.numel() else values_S.new_zeros(self.row_TK.shape)
+        )
+        return torch.where(self.kept_TK, values, torch.zeros_like(values))
+
+    @property
+    def kept_TK(self) -> Tensor:
+        """True where the slot has an expert."""
+        return self.row_TK < self.offsets[-1]
+
+    def segments(self) -> list[tuple[int, int, int]]:
+        """(expert, first row, last row + 1) of every expert with rows, as host integers.
+
+        On a GPU this waits for the device; only `gemm_torch` uses it.
+        """
+        bounds = self.offsets.tolist()
+        pairs = zip(bounds[:-1], bounds[1:], strict=True)
+        return [(e, first, last) for e, (first, last) in enumerate(pairs) if last > first]
+
+
+def sort_by_expert(experts_TK: Tensor, num_experts: int) -> Ragged:
+    """Stable sort of the slots by expert, without a host sync.
+
+    Args:
+        experts_TK: (T, K) int32 or int64; anything outside 0..E-1 is dropped.
+        num_experts: E.
+    """
+    flat = experts_TK.reshape(-1).long()
+    dropped = (flat < 0) | (flat >= num_experts)
+    flat = torch.where(dropped, num_experts, flat)
+    sorted_experts, slot_S = flat.sort(stable=True)
+    row_S = torch.empty_like(slot_S)
+    row_S[slot_S] = torch.arange(slot_S.numel(), device=slot_S.device)
+    edges = torch.arange(num_experts + 1, device=flat.device)
+    offsets = torch.searchsorted(sorted_experts, edges).to(torch.int32)
+    return Ragged(slot_S=slot_S, row_TK=row_S.view(experts_TK.shape), offsets=offsets)
