@@ -1,0 +1,182 @@
+"""`patch`, `unpatch`, `lora_targets`: from a Hugging Face model to turnout and back.
+
+Every change is on an instance and is undone by `unpatch`: a config copy and a state object per experts
+module, an instance `forward` where transformers' interface does not reach, an `_activate_lora` per
+PEFT wrapper, and one forward pre-hook on the root that attaches wrappers added later. No class of
+another library is modified, and `model.config` stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any, get_args
+
+from torch import nn
+
+from turnout.experts.gemm import backend_named
+from turnout.integrations import peft
+from turnout.integrations.architectures import Layout, Stock, _unwrapped
+from turnout.integrations.report import LayerRow, Report, expert_modules
+from turnout.integrations.state import ATTRIBUTE, LayerState, state_of
+from turnout.integrations.transformers import FORWARDS, NAME, bind, experts_forward
+from turnout.integrations.versions import check_versions
+from turnout.specs import BackendName, Recompute, RouterChoice, Unsupported, check_choice
+
+_ROOT = "_turnout_root"
+
+
+def patch(
+    model: nn.Module,
+    *,
+    backend: BackendName = "auto",
+    router: RouterChoice = "model",
+    recompute: Recompute = "none",
+    expert_dropout: float = 0.0,
+    routing_cache: bool = False,
+    tune: str | None = None,
+) -> Report:
+    """Run the experts of a transformers model through turnout. One line; `unpatch` undoes it.
+
+    Works before and after `get_peft_model`. Patching twice is unpatching, then patching.
+
+    Args:
+        model: a transformers model, or a PEFT model around one.
+        backend: `auto`, or the one back end to use.
+        router: `model` keeps the model's own router module.
+        recompute: `gate_up` saves no pre-activation for backward and computes it again.
+        expert_dropout: LoRA dropout on the experts' inputs, in training mode; PEFT refuses its own.
+        routing_cache, tune: not in this version.
+
+    Returns:
+        A live `Report`: what runs fused, what stays stock and why.
+
+    Raises:
+        ValueError: no MoE layer, a bad option, too old transformers or PEFT, or expert adapters that
+            were asked for and are not there.
+        Unsupported: an option or back end that this version does not have.
+    """
+    check_versions()
+    _check_options(model, backend, router, recompute, expert_dropout, routing_cache, tune)
+    unpatch(model)
+    rows = []
+    for name, module, layout in expert_modules(model):
+        if isinstance(layout, Layout):
+            state = LayerState(layout, backend, recompute, expert_dropout, patched=True)
+            _patch_module(module, state)
+        rows.append(LayerRow.of(name, module, layout))
+    if not rows:
+        raise ValueError(
+            f"{type(model).__name__} has no MoE layer that turnout knows; expected a transformers "
+            "model with routed experts. docs/support.md lists the architectures"
+        )
+    handle = model.register_forward_pre_hook(_attach_before_forward)
+    vars(model)[_ROOT] = handle
+    peft.attach(model)
+    return Report(model, rows, backend=backend, router=router, recompute=recompute)
+
+
+def _check_options(
+    model: nn.Module,
+    backend: str,
+    router: str,
+    recompute: str,
+    expert_dropout: float,
+    routing_cache: bool,
+    tune: str | None,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+    for what, got, choices in (
+        ("backend", backend, BackendName),
+        ("router", router, RouterChoice),
+        ("recompute", recompute, Recompute),
+    ):
+        assert get_args(choices)
+        check_choice(what, got, choices)
+    if not 0.0 <= expert_dropout < 1.0:
+        raise ValueError(f"expert_dropout is {expert_dropout!r}; expected 0 <= p < 1")
+    if backend != "auto":
+        backend_named(backend)
+    if router == "fused":
+        raise Unsupported(
+            "router='fused' is not in this version of turnout; use router='model', which runs the "
+            "model's own router"
+        )
+    if routing_cache:
+        raise Unsupported("routing_cache=True is not in this version of turnout; leave it False")
+    if tune is not None:
+        raise Unsupported(f"tune={tune!r} is not in this version of turnout; leave it None")
+
+
+def _patch_module(module: Any, state: LayerState) -> None:
+    call = state.layout.call
+    if call == "interface":
+        state.original_config = module.config
+        module.config = copy.copy(module.config)
+        module.config._experts_implementation = NAME
+    elif call == "llama4_block":
+        bind(module, FORWARDS[call])
+        module = _unwrapped(module.experts)
+        bind(module, experts_forward)
+    else:
+        bind(module, FORWARDS[call])
+    vars(module)[ATTRIBUTE] = state
+
+
+def _attach_before_forward(model: nn.Module, args: Any) -> None:
+    """Root forward pre-hook: PEFT may have wrapped the experts since."""
+    peft.attach(model)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo `patch` exactly; a model that was not patched stays as it is."""
+    peft.detach(model)
+    for module in model.modules():
+        state = state_of(module)
+        if state is not None:
+            if state.original_config is not None:
+                module.config = state.original_config
+            del vars(module)[ATTRIBUTE]
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func in FORWARDS.values():
+            del module.forward
+        handle = vars(module).pop(_ROOT, None)
+        if handle is not None:
+            handle.remove()
+
+
+def lora_targets(model: nn.Module) -> list[str]:
+    """PEFT `target_parameters` that put an adapter on both projections of every routed expert.
+
+    Raises:
+        ValueError: no MoE layer.
+        Unsupported: a layer whose experts PEFT can not adapt as stacks.
+    """
+    targets: list[str] = []
+    stock: list[Stock] = []
+    for name, module, layout in expert_modules(model):
+        if isinstance(layout, Stock):
+            stock.append(layout)
+            continue
+        place = _place(name)
+        if layout.call == "llama4_block":
+            place = f"{place}.experts"
+        for path in (layout.gate_up, layout.down):
+            target = f"{place}.{path}"
+            if target not in targets:
+                targets.append(target)
+    if targets:
+        return targets
+    if stock:
+        raise Unsupported(
+            f"the experts of {type(model).__name__} have no stacks to adapt: {stock[0].detail}"
+        )
+    raise ValueError(f"{type(model).__name__} has no MoE layer that turnout knows")
+
+
+def _place(name: str) -> str:
+    """The part of a module name behind the layer number: `model.layers.3.mlp.experts` to `mlp.experts`."""
+    parts = [part for part in name.split(".") if part != "base_layer"]
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :]) if numbers else ".".join(parts)

@@ -1,0 +1,190 @@
+"""PEFT's expert adapters, handed to the kernels as factors instead of a folded weight stack.
+
+PEFT wraps one parameter of the experts module in one `ParamWrapper`; its forward enters
+`_activate_lora`, which folds W + scaling * B @ A into a full copy of the stack. `attach` gives each
+wrapper *instance* an `_activate_lora` that puts (A, B, scaling) on the experts module for the time of
+the call. PEFT's own checks (disabled, merged, mixed batches) run before it and stay in charge; what
+the fused path can not express goes through PEFT's own method, and the layer's state says so.
+
+PEFT (0.19.1 and later) stores, for a stack used as (E, out, in): A (E*R, in), rows of one expert
+together; B (out, R*E), column j*E + e. As views: a (E, R, in), b (out, R, E).
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from turnout.experts.weights import Lora
+from turnout.integrations.architectures import get_path
+from turnout.integrations.routers import is_router
+from turnout.integrations.state import LayerState, state_of
+from turnout.specs import Unsupported
+
+MINIMUM = "0.19.1"
+_EXPERT_NAMES = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")
+
+
+def _param_wrapper() -> type | None:
+    """PEFT's `ParamWrapper`, if the process uses PEFT at all."""
+    layer = sys.modules.get("peft.tuners.lora.layer")
+    return None if layer is None else getattr(layer, "ParamWrapper", None)  # since PEFT 0.17
+
+
+def wrappers(model: nn.Module) -> list[Any]:
+    """Every `ParamWrapper` below the model."""
+    cls = _param_wrapper()
+    return [] if cls is None else [m for m in model.modules() if isinstance(m, cls)]
+
+
+def expert_wrappers(model: nn.Module) -> list[tuple[Any, LayerState]]:
+    """(wrapper, state) of every adapter on a parameter of a patched experts module."""
+    found = []
+    for wrapper in wrappers(model):
+        state = state_of(wrapper.get_base_layer())
+        if state is not None and wrapper.parameter_name in (
+            state.layout.gate_up,
+            state.layout.down,
+        ):
+            found.append((wrapper, state))
+    return found
+
+
+def attach(model: nn.Module) -> None:
+    """Give every expert wrapper below `model` the fused path. Doing it twice changes nothing.
+
+    Raises:
+        ValueError: adapters on the experts were asked for and none is there.
+    """
+    found = expert_wrappers(model)
+    for wrapper, state in found:
+        if state.layout.fused_lora and "_activate_lora" not in vars(wrapper):
+            wrapper._activate_lora = partial(_activate, wrapper)
+            warn_about_router(model)
+    if not found:
+        _check_asked(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`."""
+    for wrapper in wrappers(model):
+        vars(wrapper).pop("_activate_lora", None)
+
+
+def factors(wrapper: Any, adapter: str, swapped: bool) -> Lora:
+    """One adapter's A and B as views in the form of `Lora`; gradients reach PEFT's parameters."""
+    a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    experts = wrapper.num_experts
+    a_ERI, b_ORE = a.view(experts, -1, a.shape[-1]), b.view(b.shape[0], -1, experts)
+    if swapped:
+        a_ERI, b_ORE = b_ORE.permute(2, 1, 0), a_ERI.permute(2, 1, 0)
+    return Lora(a_ERI, b_ORE, float(wrapper.scaling[adapter]))
+
+
+def _for_routed_experts(lora: Lora, num_experts: int) -> Lora:
+    """Without the rows of experts that have no weights (LongCat's identity experts)."""
+    if lora.a_ERI.shape[0] == num_experts:
+        return lora
+    return Lora(lora.a_ERI[:num_experts], lora.b_ORE[:, :, :num_experts], lora.scaling)
+
+
+def _not_fused(wrapper: Any, adapters: list[str]) -> str | None:
+    """Why PEFT's own method has to run, or None."""
+    base = wrapper.get_base_layer()
+    if state_of(base) is None:
+        return "the experts are not patched"
+    if len(adapters) > 1:
+        return f"{len(adapters)} adapters are active"
+    layout = state_of(base).layout
+    if layout.call == "interface" and base.config._experts_implementation != "turnout":
+        return f"experts_implementation is {base.config._experts_implementation!r}"
+    if wrapper.lora_variant.get(adapters[0]) is not None:
+        return "the adapter is a LoRA variant"
+    return None
+
+
+@contextmanager
+def _activate(wrapper: Any, active_adapters: list[str]) -> Iterator[None]:
+    """In place of `ParamWrapper._activate_lora`: deposit the factors, fold nothing."""
+    adapters = [name for name in (active_adapters or []) if name in wrapper.lora_A]
+    base, name = wrapper.get_base_layer(), wrapper.parameter_name
+    state = state_of(base)
+    reason = _not_fused(wrapper, adapters) if adapters else "no active adapter"
+    if reason is not None or state is None:
+        if state is not None and adapters:
+            state.lora_path[name] = f"PEFT's own fold: {reason}"
+        with type(wrapper)._activate_lora(wrapper, active_adapters):
+            yield
+        return
+    if parametrize.is_parametrized(base, name):
+        raise Unsupported(
+            f"{name} of {type(base).__name__} carries a parametrization (quantised?) and a LoRA "
+            "adapter; PEFT adds the delta again at every forward there. Load the experts unquantised"
+        )
+    lora = factors(wrapper, adapters[0], state.layout.peft_swaps)
+    num_experts = get_path(base, state.layout.down).shape[0]
+    state.lora[name] = _for_routed_experts(lora, num_experts)
+    state.lora_path[name] = f"fused: adapter {adapters[0]!r}, rank {lora.rank}"
+    state.lora_read = False
+    try:
+        yield
+        if not state.lora_read:
+            raise RuntimeError(
+                f"the experts {type(base).__name__} ran without turnout, so the adapter on {name} "
+                "was not applied. Call turnout.unpatch(model), or turnout.patch(model) again"
+            )
+    finally:
+        state.lora.pop(name, None)
+
+
+def _configs(model: nn.Module) -> dict[str, Any]:
+    """PEFT configs by adapter name; PEFT leaves them on the model it adapts."""
+    for module in (model, *model.modules()):
+        configs = vars(module).get("peft_config")
+        if isinstance(configs, dict):
+            return configs
+    return {}
+
+
+def _check_asked(model: nn.Module) -> None:
+    """`ValueError` if a config names expert parameters although no expert is adapted."""
+    for name, config in _configs(model).items():
+        targets = sorted(getattr(config, "target_parameters", None) or [])  # LoRA configs only
+        asked = [t for t in targets if t.rpartition(".")[2] in _EXPERT_NAMES and "experts" in t]
+        if asked:
+            raise ValueError(
+                f"adapter {name!r} asks for {asked} but no expert parameter of a patched layer is "
+                "adapted; expected target_parameters=turnout.lora_targets(model)"
+            )
+        modules = getattr(config, "target_modules", None) or []  # a set, a list or a regex
+        named = [] if isinstance(modules, str) else [m for m in modules if m in _EXPERT_NAMES]
+        if named:
+            warnings.warn(
+                f"adapter {name!r} names {sorted(named)} in target_modules, which adapts shared or "
+                "dense MLPs only: no routed expert is adapted. For the experts, pass "
+                "target_parameters=turnout.lora_targets(model)",
+                stacklevel=2,
+            )
+
+
+def warn_about_router(model: nn.Module) -> None:
+    """One warning per model when an adapter sits on a router; `all-linear` puts it there."""
+    if vars(model).get("_turnout_router_warned"):
+        return
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and is_router(module.get_base_layer(), name):
+            vars(model)["_turnout_router_warned"] = True
+            warnings.warn(
+                f"the router {name} is adapted. target_modules='all-linear' does that; if it is not "
+                "meant, pass target_parameters=turnout.lora_targets(model) and name the attention "
+                "modules in target_modules",
+                stacklevel=2,
+            )
+            return
