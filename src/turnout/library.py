@@ -1,8 +1,8 @@
 """`kernel_op`: a `torch.library` op for the compiler, a plain call for everyone else.
 
-Under `torch.compile` a decorated function is one opaque op with a fake, so a graph is whole whatever
-happens inside. In eager mode the function is called directly: an op boundary costs microseconds that
-buy nothing there.
+Under `torch.compile` a decorated function is one opaque op with a fake, so a graph is whole
+whatever happens inside. In eager mode the function is called directly: an op boundary costs
+microseconds that buy nothing there.
 """
 
 from __future__ import annotations

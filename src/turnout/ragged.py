@@ -1,6 +1,7 @@
 """Rows sorted by expert: offsets, row map and its inverse.
 
-A slot is one (token, choice) pair, numbered s = t*K + k. A row is a slot's place after a stable sort
+A slot is one (token, choice) pair, numbered s = t*K + k. A row is a slot's place after a stable
+sort
 by expert, so the rows of one expert are contiguous and in slot order:
 
     rows of expert e = [offsets[e], offsets[e+1])        kept rows = offsets[E]
@@ -15,6 +16,7 @@ Legend: T tokens, K experts per token, S = T*K rows, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -68,8 +70,7 @@ class Ragged:
 
         On a GPU this waits for the device; only `gemm_torch` uses it.
         """
-        bounds = self.offsets.tolist()
-        pairs = zip(bounds[:-1], bounds[1:], strict=True)
+        pairs = pairwise(self.offsets.tolist())
         return [(e, first, last) for e, (first, last) in enumerate(pairs) if last > first]
 
 

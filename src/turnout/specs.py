@@ -52,7 +52,8 @@ class RouteSpec:
 
         chosen  = the top_k largest of mask(s + bias), lowest index first on a tie
         weights = scale * expert_scale[chosen] * s[chosen] / den
-        den     = sum of s over chosen and always-on experts, + eps or clamped to eps; 1 without norm
+        den     = sum of s over chosen and always-on experts, + eps or clamped to eps; 1 without
+        norm
 
     The bias and the group mask decide who is chosen and never reach the weights or a gradient.
     Softmax over the chosen logits only (topk, then softmax) is the same rule as softmax with
@@ -128,7 +129,7 @@ class RouteSpec:
         routed_scaling_factor: float = 1.0,
         group_fill: float = 0.0,
     ) -> RouteSpec:
-        """softmax(z), top-k, optional renormalisation: Mixtral, Qwen-MoE, OLMoE; with groups Mistral4.
+        """softmax(z), top-k, optional renormalisation: Mixtral, Qwen-MoE, OLMoE; grouped: Mistral4.
 
         The keywords have the names that blocks carry themselves. A missing `topk_group` means all
         groups. With groups the sum is renormalised with eps 1e-20 and masked scores become
@@ -159,7 +160,7 @@ class RouteSpec:
         routed_scaling_factor: float = 1.0,
         group_fill: float = -math.inf,
     ) -> RouteSpec:
-        """sigmoid(z), top-k of s + bias within the best groups, renormalised with eps 1e-20, scaled.
+        """sigmoid(z), top-k of s + bias in the best groups, renormalised with eps 1e-20, scaled.
 
         The rule of DeepSeek-V3, GLM-4.5, dots1 and MiniMax-M2 (`transformers.models.deepseek_v3`).
         The keywords have the names that blocks carry themselves. A missing `topk_group` means all
@@ -210,8 +211,8 @@ class Activation:
             _check_finite("Activation.limit", self.limit, low=0.0)
         if not self.gated and (self.interleaved or self.limit is not None or self.up_offset):
             raise ValueError(
-                "Activation(gated=False) has no up half, so interleaved, limit and up_offset do not "
-                f"apply; got {self}"
+                "Activation(gated=False) has no up half, so interleaved, limit and up_offset do "
+                f"not apply; got {self}"
             )
         if self.alpha != 1.0 and self.act != "silu":
             raise ValueError(f"Activation.alpha is for silu only; got act={self.act!r}")
@@ -246,10 +247,11 @@ class GemmProblem:
         ragged: `m`: rows of one expert times that expert's weight (forward, dX).
             `k`: sum over the rows of one expert of outer products (dW, dA, dB).
         rows: S, experts: E.
-        n, k: for `m`: out[S, n] = a[S, k] @ w[e, n, k]^T. For `k`: out[e, n, k] = a[S, n]^T b[S, k].
+        n, k: for `m`: out[S, n] = a[S, k] @ w[e, n, k]^T. For `k`: out[e, n, k] = a[S, n]^T b[S,
+            k].
         rank: LoRA tail width, 0 without one.
         dtype: torch dtype name of the activations, and `weight_dtype` of w (or b).
-        epilogue: `none`, `activate` or `activate_backward`.
+        epilogue: what follows the product, if anything.
         activation: the epilogue's function.
         gathered: the rows of `a` (for ragged `m`) are read through a row map.
         weight_k_major: the contracted dim of w is the contiguous one.
@@ -264,7 +266,7 @@ class GemmProblem:
     rank: int = 0
     dtype: str
     weight_dtype: str
-    epilogue: Literal["none", "activate", "activate_backward"] = "none"
+    epilogue: Literal["activate", "activate_backward"] | None = None
     activation: Activation | None = None
     gathered: bool = False
     weight_k_major: bool = True

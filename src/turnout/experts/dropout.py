@@ -2,10 +2,10 @@
 
     keep[s, c] = hash(seed, tag, slot s, column c) >= p * 2^32        scale = 1 / (1 - p)
 
-The mask is a pure function of the seed, so the backward pass and activation checkpointing rebuild it
-instead of storing it, and every back end makes the same one. The seed is drawn on the device by
-`torch.randint`, so checkpoint's RNG replay replays the mask. PEFT refuses dropout on experts because
-its fold `W + s*B@A` has no input to mask; a split LoRA has.
+The mask is a pure function of the seed, so the backward pass and activation checkpointing rebuild
+it instead of storing it, and every back end makes the same one. The seed is drawn on the device by
+`torch.randint`, so checkpoint's RNG replay replays the mask. PEFT refuses dropout on experts
+because its fold `W + s*B@A` has no input to mask; a split LoRA has.
 
 Hash: two rounds of lowbias32 (Chris Wellons, "Prospecting for Hash Functions", 2018), on 32-bit
 values held in int64.

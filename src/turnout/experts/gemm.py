@@ -5,9 +5,9 @@ Two shapes of work, both over rows sorted by expert (`turnout.ragged.Ragged`):
     grouped_gemm   out[row] = epilogue(a[row] @ w[e]^T + bias[e] + scaling * xa[row] @ b[e]^T)
     grouped_gram   out[e]   = scale * sum over the rows of e of a[row]^T b[row]
 
-A back end is a module with `NAME`, `rejects(problem, device) -> str | None`, `launch_rows` (ragged on
-M) and `launch_gram` (ragged on K); two launches because their operands differ. `BACKENDS` is in order
-of preference; the choice is a pure function, and nothing is tried and caught.
+A back end is a module with `NAME`, `rejects(problem, device) -> str | None`, `launch_rows` (ragged
+on M) and `launch_gram` (ragged on K); two launches because their operands differ. `BACKENDS` is in
+order of preference; the choice is a pure function, and nothing is tried and caught.
 
 Legend: S rows, T tokens, E experts, N and K output and contracted width, R LoRA rank.
 """
@@ -97,7 +97,7 @@ def grouped_gemm(
         rank=0 if tail is None else tail.b_ENR.shape[2],
         dtype=_name(dtype),
         weight_dtype=_name(w_ENK.dtype),
-        epilogue="none" if epilogue is None else epilogue.name,
+        epilogue=None if epilogue is None else epilogue.name,
         activation=None if epilogue is None else epilogue.activation,
         gathered=a.gather_S is not None,
         weight_k_major=w_ENK.stride(2) == 1,

@@ -1,7 +1,7 @@
 """Grouped GEMM in plain PyTorch, one expert after the other: any device, any float dtype.
 
-The back end for the CPU, and the fallback that always works. It reads the offsets on the host, so on
-a GPU it waits for the device once per call.
+The back end for the CPU, and the fallback that always works. It reads the offsets on the host, so
+on a GPU it waits for the device once per call.
 """
 
 from __future__ import annotations

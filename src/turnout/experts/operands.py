@@ -6,7 +6,7 @@ Legend: S rows, T tokens, E experts, N output width, G = 2F gate and up, R LoRA 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class Tail:
 class Activate:
     """h = act(z); z is returned too when it is kept for the backward pass."""
 
-    name: ClassVar[str] = "activate"
+    name: ClassVar[Literal["activate"]] = "activate"
     activation: Activation
     keep_z: bool
 
@@ -57,7 +57,7 @@ class ActivateBackward:
     dz = w[row] * d * dh/dz        dot[row] = <d, h>        h = w[row] * act(z), when asked
     """
 
-    name: ClassVar[str] = "activate_backward"
+    name: ClassVar[Literal["activate_backward"]] = "activate_backward"
     activation: Activation
     z_SG: Tensor
     weight_S: Tensor | None

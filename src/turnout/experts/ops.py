@@ -1,6 +1,7 @@
 """`expert_mlp`: validate once, then one autograd Function over the two passes of `passes.py`.
 
-The Function's forward and backward are one op each under `torch.compile`, and plain calls otherwise.
+The Function's forward and backward are one op each under `torch.compile`, and plain calls
+otherwise.
 
 Legend: T tokens, K experts per token, S = T*K rows, E experts, H hidden, F intermediate,
 G = 2F gate and up (F without gate), R LoRA rank.
@@ -43,8 +44,6 @@ _TENSORS = (
     "Tensor? a_up, Tensor? b_up, Tensor? a_down, Tensor? b_down, Tensor? seed, "
 )
 _OPTIONS = "str call, float scale_up, float scale_down, float dropout"
-_NAMES = ("x", "experts", "weights_TK", "gate_up", "down", "gate_up_bias", "down_bias")
-_NAMES += ("a_up", "b_up", "a_down", "b_down")
 _DIFFERENTIABLE = tuple(f.name for f in fields(passes.Needs))
 
 
@@ -131,7 +130,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 @kernel_op(
     "expert_mlp_forward",
-    f"({_TENSORS}{_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_TENSORS}{_OPTIONS}, bool keep) -> ({', '.join(['Tensor'] * 7)})",
     _forward_fake,
 )
 def _forward(*args: Any) -> tuple[Tensor, ...]:
@@ -181,14 +180,14 @@ def _backward(dout: Tensor, slot: Tensor, row: Tensor, *args: Any) -> list[Tenso
     needs = passes.Needs(*flags)
     grads = passes.backward(job, saved, needs, x, experts, weights_TK, dout)
     named = zip(_DIFFERENTIABLE, _differentiable(tuple(inputs)), flags, strict=True)
-    return [grads[name].to(tensor.dtype) for name, tensor, need in named if need]
+    return [grads[n].to(t.dtype) for n, t, need in named if need and t is not None]
 
 
 class _ExpertMlp(torch.autograd.Function):
     """Tensors first, then options; see `_TENSORS` and `_OPTIONS` for the order."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, *args: Any) -> Tensor:
         keep = any(ctx.needs_input_grad)
         out, *saved = _forward(*args, keep)
         ctx.save_for_backward(*saved, *args[:12])
@@ -196,8 +195,8 @@ class _ExpertMlp(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
         flags = [needed[0], *needed[2:11]]
         found = iter(_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.options, flags))
@@ -303,8 +302,8 @@ def _check_inputs(
         )
     if weights_TK.shape != experts.shape or not weights_TK.is_floating_point():
         raise ValueError(
-            f"weights_TK has shape {tuple(weights_TK.shape)} and dtype {weights_TK.dtype}; expected "
-            f"a float tensor of the shape of experts_TK, {tuple(experts.shape)}"
+            f"weights_TK has shape {tuple(weights_TK.shape)} and dtype {weights_TK.dtype}; "
+            f"expected a float tensor of the shape of experts_TK, {tuple(experts.shape)}"
         )
     for name, tensor in (
         ("experts_TK", experts),

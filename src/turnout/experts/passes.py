@@ -6,7 +6,8 @@ Forward, for the rows of expert e (row r is slot s, token t):
     xa_dn = h A_dn^T            y = h W_dn^T + b_dn + s_dn * xa_dn B_dn^T
     out[t] = sum over k of w[t, k] * y
 
-Backward, from dout (T, H), in one pass over the rows of d = dout[t] W_dn + s_dn * (dout[t] B_dn) A_dn:
+Backward, from dout (T, H), in one pass over the rows of d = dout[t] W_dn + s_dn * (dout[t] B_dn)
+A_dn:
 
     dz = w * d * act'(z)        dw = <d, act(z)> + <dout[t], b_dn>        hw = w * act(z)
 
@@ -178,7 +179,7 @@ def backward(
     weight_S = ragged.by_row(weights_TK)
     dy = Operand(dout, ragged.token_S)
     dy_weighted = dy if on_input else Operand(dout, ragged.token_S, weight_S)
-    down, up = job.lora.down, job.lora.gate_up
+    down = job.lora.down
     dyb = None if down is None else _narrow_back(dy, down, job, ragged)
     z = saved.z_SG
     if z is None:

@@ -6,7 +6,8 @@
 A slot whose expert is E (the expert-parallel sentinel) adds nothing. Any float dtype. Slow, and
 keeps everything: this is what the kernels are judged by.
 
-Legend: T tokens, K experts per token, S = T*K rows, E experts, H hidden, F intermediate, R LoRA rank.
+Legend: T tokens, K experts per token, S = T*K rows, E experts, H hidden, F intermediate, R LoRA
+    rank.
 """
 
 from __future__ import annotations

@@ -101,9 +101,9 @@ def check_weights(weights: ExpertWeights, spec: ExpertSpec) -> Dims:
     if gate_up % width or got != expected or experts < 1:
         layout = "(E, H, G) and (E, F, H)" if spec.transposed else "(E, G, H) and (E, H, F)"
         raise ValueError(
-            f"gate_up {tuple(weights.gate_up.shape)} and down {tuple(weights.down.shape)} do not fit "
-            f"each other; expected {layout} with G = {width} * F. Is the other layout meant? See "
-            "ExpertSpec.transposed"
+            f"gate_up {tuple(weights.gate_up.shape)} and down {tuple(weights.down.shape)} do not "
+            f"fit each other; expected {layout} with G = {width} * F. Is the other layout meant? "
+            "See ExpertSpec.transposed"
         )
     dims = Dims(experts, hidden, intermediate, gate_up)
     _check_bias("gate_up_bias", weights.gate_up_bias, (experts, gate_up))
@@ -145,8 +145,8 @@ def check_lora(lora: LoraWeights, dims: Dims, weights: ExpertWeights) -> None:
             dims.experts,
         ):
             raise ValueError(
-                f"lora.{name} has a {tuple(a.shape)} and b {tuple(b.shape)}; expected a (E, R, I) = "
-                f"({dims.experts}, R, {inputs}) and b (O, R, E) = ({outputs}, R, {dims.experts})"
+                f"lora.{name} has a {tuple(a.shape)} and b {tuple(b.shape)}; expected a (E, R, I) "
+                f"= ({dims.experts}, R, {inputs}) and b (O, R, E) = ({outputs}, R, {dims.experts})"
             )
         if rank < 1:
             raise ValueError(f"lora.{name} has rank {rank}; expected at least 1")

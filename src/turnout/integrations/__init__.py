@@ -1,1 +1,1 @@
-"""Everything that knows another library: transformers, PEFT, trainers. Imported on first use only."""
+"""Everything that knows another library: transformers, PEFT, trainers. Loaded on first use."""

@@ -1,9 +1,9 @@
 """How the experts of each transformers architecture are stored, or why a layer stays stock.
 
-Facts come from the declarations of transformers' `use_experts_implementation`, from the function that
-`type(module)._apply_gate` is, and from the tables below, keyed by the class that transformers defines.
-What a gate is said to compute is then checked against the module itself on a fixed grid, so a changed
-release is noticed and not trusted. Anything else is `Stock`.
+Facts come from the declarations of transformers' `use_experts_implementation`, from the function
+that `type(module)._apply_gate` is, and from the tables below, keyed by the class that transformers
+defines. What a gate is said to compute is then checked against the module itself on a fixed grid,
+so a changed release is noticed and not trusted. Anything else is `Stock`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from turnout.experts.epilogues import activate
 from turnout.specs import Act, Activation, ExpertSpec
@@ -52,7 +53,8 @@ class Layout:
             the named kind.
         peft_swaps: PEFT reads the stack as (E, out, in) although it is stored (E, in, out) without
             saying so, hence its A touches the output dim and its B the input dim.
-        fused_lora: PEFT wraps the module that holds the parameter, and turnout can take the factors.
+        fused_lora: PEFT wraps the module that holds the parameter, and turnout can take the
+            factors.
     """
 
     spec: ExpertSpec
@@ -76,6 +78,20 @@ def class_key(cls: type) -> str:
 def keys_of(module: nn.Module) -> list[str]:
     """The keys of the module's class and its bases (parametrization makes subclasses)."""
     return [class_key(cls) for cls in type(module).__mro__]
+
+
+def live(module: Any) -> Any:
+    """The module itself, below PEFT's wrappers; of `modules_to_save` the active copy."""
+    while True:
+        if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+            name = module.active_adapter
+            name = name[0] if isinstance(name, list) else name
+            on = not module.disable_adapters and name in module.modules_to_save
+            module = module.modules_to_save[name] if on else module.original_module
+        elif hasattr(module, "base_layer"):
+            module = module.base_layer
+        else:
+            return module
 
 
 # What ACT2FN hands out, by class name; F.silu is a function.
@@ -152,7 +168,8 @@ def _gate_key(module: nn.Module) -> str | None:
 
     for cls in type(module).__mro__:
         if "_apply_gate" in vars(cls):
-            return None if cls._apply_gate is moe._default_apply_gate else class_key(cls)
+            default = vars(cls)["_apply_gate"] is moe._default_apply_gate
+            return None if default else class_key(cls)
     return None
 
 
@@ -174,7 +191,7 @@ def _agrees(compute: Callable[[torch.Tensor], torch.Tensor], activation: Activat
 
 
 def activation_of(module: Any) -> Activation | Stock:
-    """The activation between the two projections of a decorated experts module, checked on a grid."""
+    """The activation of a decorated experts module, checked on a grid."""
     if not module.has_gate:
         known = _act(module)
         if known is None:
@@ -206,7 +223,7 @@ _KNOWN_FLAGS = {
 
 @cache
 def _newer_flags() -> dict[str, object]:
-    """Flags of the installed decorator that this version of turnout does not know, with defaults."""
+    """Flags of the installed decorator that turnout does not know, with their defaults."""
     from transformers.integrations.moe import use_experts_implementation
 
     parameters = inspect.signature(use_experts_implementation).parameters
@@ -253,7 +270,7 @@ def _check_stacks(module: nn.Module, *paths: str) -> Stock | None:
         weight = get_path(module, path)
         if not isinstance(weight, torch.Tensor):
             return Stock("no_3d_weights", f"{path} is {type(weight).__name__}, not a tensor")
-        parametrized = hasattr(module, "parametrizations") and head in module.parametrizations
+        parametrized = parametrize.is_parametrized(module, head)
         if not weight.is_floating_point() or weight.element_size() < 2 or parametrized:
             return Stock("quantised", f"{path} is stored as {weight.dtype}, or parametrized")
         if weight.dim() != 3 and weight.numel():
@@ -280,7 +297,7 @@ def _longcat(module: Any) -> Layout | Stock:
 
 
 def _llama4(block: Any) -> Layout | Stock:
-    experts = _unwrapped(block.experts)
+    experts = live(block.experts)
     problem = _check_stacks(experts, "gate_up_proj", "down_proj")
     activation = _default_gate(experts)
     if problem is not None or activation is None:
@@ -290,13 +307,6 @@ def _llama4(block: Any) -> Layout | Stock:
         call="llama4_block",
         peft_swaps=True,
     )
-
-
-def _unwrapped(module: Any) -> Any:
-    """The module below PEFT's wrappers."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module
 
 
 def _aria(module: Any) -> Layout | Stock:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from turnout.integrations import peft
-from turnout.integrations.architectures import Layout, class_key, layout_of
-from turnout.integrations.routers import live, need, router_logits, spec_of
+from turnout.integrations.architectures import Layout, class_key, layout_of, live
+from turnout.integrations.routers import need, router_logits, spec_of
 from turnout.integrations.state import LayerState, state_of
 from turnout.integrations.transformers import run
 from turnout.routing.ops import route
@@ -34,7 +34,7 @@ _JITTER = ("jitter_noise", "input_jitter_noise")
 
 
 def shared_expert_output(block: Any, x: Tensor) -> Tensor | None:
-    """The shared expert's output: module(x), times sigmoid(shared_expert_gate(x)) if there is a gate.
+    """The shared expert's output: module(x), times sigmoid(shared_expert_gate(x)) if it is gated.
 
     The first of `shared_expert`, `shared_experts`, `shared_mlp` that the block has and that is not
     None; the module itself runs, adapters and hooks included.
@@ -93,9 +93,9 @@ def block_forward(block: Any, x: Tensor) -> Tensor:
         routed = routed * spec.output_scale
     out = routed.view(x.shape)
     if key == "inkling.InklingMoE":
-        return out + block.shared_experts(x, gammas=routing.always_TA)  # type: ignore[no-any-return]
+        return out + block.shared_experts(x, gammas=routing.always_TA)
     if key == "jetmoe.JetMoeMoE":
-        return out + block.bias  # type: ignore[no-any-return]
+        return out + block.bias
     return _add_shared(block, key, out, x)
 
 
@@ -110,7 +110,7 @@ def _add_shared(block: Any, key: str, out: Tensor, x: Tensor) -> Tensor:
         if block.shared_expert_combination_strategy == "average":
             return out / 2
     elif key == "axk1.AXK1MoE":
-        return block.post_mlp_layernorm(out)  # type: ignore[no-any-return]
+        return block.post_mlp_layernorm(out)
     return out
 
 

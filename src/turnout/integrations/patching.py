@@ -1,22 +1,24 @@
 """`patch`, `unpatch`, `lora_targets`: from a Hugging Face model to turnout and back.
 
-Every change is on an instance and is undone by `unpatch`: a config copy and a state object per experts
-module, an instance `forward` where transformers' interface does not reach, an `_activate_lora` per
-PEFT wrapper, and one forward pre-hook on the root that attaches wrappers added later. No class of
-another library is modified, and `model.config` stays as it is.
+Every change is on an instance and is undone by `unpatch`: a config copy and a state object per
+experts module, an instance `forward` where transformers' interface does not reach, an
+`_activate_lora` per PEFT wrapper, and one forward pre-hook on the root that attaches wrappers added
+later. No class of another library is modified, and `model.config` stays as it is.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from turnout.experts.gemm import backend_named
 from turnout.integrations import peft
-from turnout.integrations.architectures import Layout, Stock, _unwrapped
+from turnout.integrations.architectures import Layout, Stock, live
 from turnout.integrations.report import LayerRow, Report, expert_modules
 from turnout.integrations.state import ATTRIBUTE, LayerState, state_of
 from turnout.integrations.transformers import FORWARDS, NAME, bind, experts_forward
@@ -52,8 +54,8 @@ def patch(
         A live `Report`: what runs fused, what stays stock and why.
 
     Raises:
-        ValueError: no MoE layer, a bad option, too old transformers or PEFT, or expert adapters that
-            were asked for and are not there.
+        ValueError: no MoE layer, a bad option, too old transformers or PEFT, or expert adapters
+            that were asked for and are not there.
         Unsupported: an option or back end that this version does not have.
     """
     check_versions()
@@ -70,8 +72,7 @@ def patch(
             f"{type(model).__name__} has no MoE layer that turnout knows; expected a transformers "
             "model with routed experts. docs/support.md lists the architectures"
         )
-    handle = model.register_forward_pre_hook(_attach_before_forward)
-    vars(model)[_ROOT] = handle
+    _install_root(model)
     peft.attach(model)
     return Report(model, rows, backend=backend, router=router, recompute=recompute)
 
@@ -117,16 +118,49 @@ def _patch_module(module: Any, state: LayerState) -> None:
         module.config._experts_implementation = NAME
     elif call == "llama4_block":
         bind(module, FORWARDS[call])
-        module = _unwrapped(module.experts)
+        module = live(module.experts)
         bind(module, experts_forward)
     else:
         bind(module, FORWARDS[call])
     vars(module)[ATTRIBUTE] = state
 
 
-def _attach_before_forward(model: nn.Module, args: Any) -> None:
-    """Root forward pre-hook: PEFT may have wrapped the experts since."""
-    peft.attach(model)
+@dataclass
+class _Root:
+    """What `patch` leaves on the model it was called on.
+
+    Attributes:
+        places: (parent, child name) of every experts module, where PEFT would put its wrapper.
+        seen: names of the PEFT configs at the last attach.
+        handle: of the forward pre-hook.
+    """
+
+    places: list[tuple[nn.Module, str]]
+    seen: tuple[str, ...] = ()
+    handle: RemovableHandle | None = None
+
+
+def _install_root(model: nn.Module) -> None:
+    places = []
+    for module in model.modules():
+        for child, inner in module.named_children():
+            if state_of(live(inner)) is not None and child != "base_layer":
+                places.append((module, child))
+    root = _Root(places)
+    root.handle = model.register_forward_pre_hook(partial(_attach_before_forward, root))
+    vars(model)[_ROOT] = root
+
+
+def _attach_before_forward(root: _Root, model: nn.Module, args: Any) -> None:
+    """Root forward pre-hook: attach what PEFT has wrapped since; a few dict look-ups otherwise."""
+    names = tuple(vars(model).get("peft_config", ()))
+    stale = names != root.seen
+    for parent, child in root.places:
+        wrapper = parent.get_submodule(child)
+        stale = stale or ("lora_A" in wrapper._modules and "_activate_lora" not in vars(wrapper))
+    if stale:
+        root.seen = names
+        peft.attach(model)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -141,9 +175,9 @@ def unpatch(model: nn.Module) -> None:
         forward = vars(module).get("forward")
         if isinstance(forward, partial) and forward.func in FORWARDS.values():
             del module.forward
-        handle = vars(module).pop(_ROOT, None)
-        if handle is not None:
-            handle.remove()
+        root = vars(module).pop(_ROOT, None)
+        if root is not None:
+            root.handle.remove()
 
 
 def lora_targets(model: nn.Module) -> list[str]:
@@ -155,7 +189,7 @@ def lora_targets(model: nn.Module) -> list[str]:
     """
     targets: list[str] = []
     stock: list[Stock] = []
-    for name, module, layout in expert_modules(model):
+    for name, _, layout in expert_modules(model):
         if isinstance(layout, Stock):
             stock.append(layout)
             continue
@@ -176,7 +210,7 @@ def lora_targets(model: nn.Module) -> list[str]:
 
 
 def _place(name: str) -> str:
-    """The part of a module name behind the layer number: `model.layers.3.mlp.experts` to `mlp.experts`."""
+    """What follows the layer number: `model.layers.3.mlp.experts` to `mlp.experts`."""
     parts = [part for part in name.split(".") if part != "base_layer"]
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbers[-1] + 1 :]) if numbers else ".".join(parts)

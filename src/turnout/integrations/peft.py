@@ -2,9 +2,9 @@
 
 PEFT wraps one parameter of the experts module in one `ParamWrapper`; its forward enters
 `_activate_lora`, which folds W + scaling * B @ A into a full copy of the stack. `attach` gives each
-wrapper *instance* an `_activate_lora` that puts (A, B, scaling) on the experts module for the time of
-the call. PEFT's own checks (disabled, merged, mixed batches) run before it and stay in charge; what
-the fused path can not express goes through PEFT's own method, and the layer's state says so.
+wrapper *instance* an `_activate_lora` that puts (A, B, scaling) on the experts module for the time
+of the call. PEFT's own checks (disabled, merged, mixed batches) run before it and stay in charge;
+what the fused path can not express goes through PEFT's own method, and the layer's state says so.
 
 PEFT (0.19.1 and later) stores, for a stack used as (E, out, in): A (E*R, in), rows of one expert
 together; B (out, R*E), column j*E + e. As views: a (E, R, in), b (out, R, E).
@@ -23,12 +23,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from turnout.experts.weights import Lora
-from turnout.integrations.architectures import get_path
+from turnout.integrations.architectures import get_path, live
 from turnout.integrations.routers import is_router
 from turnout.integrations.state import LayerState, state_of
 from turnout.specs import Unsupported
 
-MINIMUM = "0.19.1"
+_WARNED = "_turnout_router_warned"
 _EXPERT_NAMES = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")
 
 
@@ -38,23 +38,58 @@ def _param_wrapper() -> type | None:
     return None if layer is None else getattr(layer, "ParamWrapper", None)  # since PEFT 0.17
 
 
-def wrappers(model: nn.Module) -> list[Any]:
-    """Every `ParamWrapper` below the model."""
+def _owner(model: nn.Module) -> dict[int, LayerState]:
+    """State by id of every module that holds expert stacks: the experts module or one below it."""
+    owners = {}
+    for module in model.modules():
+        state = state_of(module)
+        if state is not None:
+            for path in (state.layout.gate_up, state.layout.down):
+                head, _, tail = path.partition(".")
+                owners[id(live(getattr(module, head)) if tail else module)] = state
+    return owners
+
+
+def expert_wrappers(model: nn.Module) -> list[tuple[str, Any, LayerState]]:
+    """(name, wrapper, state) of every adapter on a stack of a patched experts module."""
     cls = _param_wrapper()
-    return [] if cls is None else [m for m in model.modules() if isinstance(m, cls)]
-
-
-def expert_wrappers(model: nn.Module) -> list[tuple[Any, LayerState]]:
-    """(wrapper, state) of every adapter on a parameter of a patched experts module."""
+    if cls is None:
+        return []
+    owners = _owner(model)
     found = []
-    for wrapper in wrappers(model):
-        state = state_of(wrapper.get_base_layer())
-        if state is not None and wrapper.parameter_name in (
-            state.layout.gate_up,
-            state.layout.down,
-        ):
-            found.append((wrapper, state))
+    for name, module in model.named_modules():
+        if isinstance(module, cls):
+            wrapper: Any = module
+            state = owners.get(id(wrapper.get_base_layer()))
+            if state is not None and wrapper.parameter_name in _stack_names(state):
+                found.append((name, wrapper, state))
     return found
+
+
+def _stack_names(state: LayerState) -> set[str]:
+    return {path.rpartition(".")[2] for path in (state.layout.gate_up, state.layout.down)}
+
+
+def adapter_paths(model: nn.Module) -> dict[str, str]:
+    """What the next forward does with each adapted expert parameter, by wrapper and parameter."""
+    return {
+        f"{name} ({wrapper.parameter_name})": _path(wrapper, state)
+        for name, wrapper, state in expert_wrappers(model)
+    }
+
+
+def _path(wrapper: Any, state: LayerState) -> str:
+    adapters = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+    if wrapper.merged:
+        return "merged into the weights by PEFT"
+    if wrapper.disable_adapters:
+        return "disabled by PEFT"
+    if not adapters:
+        return "no active adapter"
+    reason = _not_fused(wrapper, adapters, state)
+    if reason is not None:
+        return f"PEFT's own fold: {reason}"
+    return f"fused: adapter {adapters[0]!r}, rank {wrapper.r[adapters[0]]}"
 
 
 def attach(model: nn.Module) -> None:
@@ -64,18 +99,20 @@ def attach(model: nn.Module) -> None:
         ValueError: adapters on the experts were asked for and none is there.
     """
     found = expert_wrappers(model)
-    for wrapper, state in found:
+    for _, wrapper, state in found:
         if state.layout.fused_lora and "_activate_lora" not in vars(wrapper):
             wrapper._activate_lora = partial(_activate, wrapper)
-            warn_about_router(model)
-    if not found:
+    if found:
+        warn_about_router(model)
+    else:
         _check_asked(model)
 
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`."""
-    for wrapper in wrappers(model):
-        vars(wrapper).pop("_activate_lora", None)
+    for module in model.modules():
+        vars(module).pop("_activate_lora", None)
+    vars(model).pop(_WARNED, None)
 
 
 def factors(wrapper: Any, adapter: str, swapped: bool) -> Lora:
@@ -95,18 +132,17 @@ def _for_routed_experts(lora: Lora, num_experts: int) -> Lora:
     return Lora(lora.a_ERI[:num_experts], lora.b_ORE[:, :, :num_experts], lora.scaling)
 
 
-def _not_fused(wrapper: Any, adapters: list[str]) -> str | None:
+def _not_fused(wrapper: Any, adapters: list[str], state: LayerState) -> str | None:
     """Why PEFT's own method has to run, or None."""
     base = wrapper.get_base_layer()
-    if state_of(base) is None:
-        return "the experts are not patched"
+    if not state.patched:
+        return "the model is not patched"
+    if not state.layout.fused_lora:
+        return "this architecture keeps each stack in a module of its own"
     if len(adapters) > 1:
         return f"{len(adapters)} adapters are active"
-    layout = state_of(base).layout
-    if layout.call == "interface" and base.config._experts_implementation != "turnout":
+    if state.layout.call == "interface" and base.config._experts_implementation != "turnout":
         return f"experts_implementation is {base.config._experts_implementation!r}"
-    if wrapper.lora_variant.get(adapters[0]) is not None:
-        return "the adapter is a LoRA variant"
     return None
 
 
@@ -116,22 +152,18 @@ def _activate(wrapper: Any, active_adapters: list[str]) -> Iterator[None]:
     adapters = [name for name in (active_adapters or []) if name in wrapper.lora_A]
     base, name = wrapper.get_base_layer(), wrapper.parameter_name
     state = state_of(base)
-    reason = _not_fused(wrapper, adapters) if adapters else "no active adapter"
-    if reason is not None or state is None:
-        if state is not None and adapters:
-            state.lora_path[name] = f"PEFT's own fold: {reason}"
+    if not adapters or state is None or _not_fused(wrapper, adapters, state) is not None:
         with type(wrapper)._activate_lora(wrapper, active_adapters):
             yield
         return
     if parametrize.is_parametrized(base, name):
         raise Unsupported(
             f"{name} of {type(base).__name__} carries a parametrization (quantised?) and a LoRA "
-            "adapter; PEFT adds the delta again at every forward there. Load the experts unquantised"
+            "adapter; PEFT adds the delta again at each forward there. Load it in bfloat16"
         )
     lora = factors(wrapper, adapters[0], state.layout.peft_swaps)
     num_experts = get_path(base, state.layout.down).shape[0]
     state.lora[name] = _for_routed_experts(lora, num_experts)
-    state.lora_path[name] = f"fused: adapter {adapters[0]!r}, rank {lora.rank}"
     state.lora_read = False
     try:
         yield
@@ -176,15 +208,15 @@ def _check_asked(model: nn.Module) -> None:
 
 def warn_about_router(model: nn.Module) -> None:
     """One warning per model when an adapter sits on a router; `all-linear` puts it there."""
-    if vars(model).get("_turnout_router_warned"):
+    if vars(model).get(_WARNED):
         return
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and is_router(module.get_base_layer(), name):
-            vars(model)["_turnout_router_warned"] = True
+            vars(model)[_WARNED] = True
             warnings.warn(
-                f"the router {name} is adapted. target_modules='all-linear' does that; if it is not "
-                "meant, pass target_parameters=turnout.lora_targets(model) and name the attention "
-                "modules in target_modules",
+                f"the router {name} is adapted. target_modules='all-linear' does that; if it is "
+                "not meant, pass target_parameters=turnout.lora_targets(model) and name the "
+                "attention modules in target_modules",
                 stacklevel=2,
             )
             return

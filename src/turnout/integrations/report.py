@@ -18,11 +18,10 @@ from turnout.integrations import peft
 from turnout.integrations.architectures import (
     Layout,
     Stock,
-    _unwrapped,
     get_path,
     layout_of,
+    live,
 )
-from turnout.integrations.state import state_of
 from turnout.specs import Unsupported
 
 
@@ -63,7 +62,7 @@ class LayerRow:
                 detail=layout.detail,
             )
         if layout.call == "llama4_block":
-            module = _unwrapped(module.experts)
+            module = live(module.experts)
         down = _parameter(module, layout.down)
         outer, inner = (2, 1) if layout.spec.transposed else (1, 2)
         return cls(
@@ -82,7 +81,7 @@ class LayerRow:
 def _parameter(module: nn.Module, path: str) -> Any:
     head, _, tail = path.partition(".")
     if tail:
-        return get_path(_unwrapped(getattr(module, head)), tail)
+        return get_path(live(getattr(module, head)), tail)
     return getattr(module, head)
 
 
@@ -115,19 +114,8 @@ class Report:
 
     @property
     def adapters(self) -> dict[str, str]:
-        """What happens to each adapted expert parameter, by name: what its last forward did, or will."""
-        found = {}
-        for name, module in self._model.named_modules():
-            if not hasattr(module, "parameter_name") or not hasattr(module, "get_base_layer"):
-                continue
-            state = state_of(module.get_base_layer())
-            if state is None or module.parameter_name not in (
-                state.layout.gate_up,
-                state.layout.down,
-            ):
-                continue
-            found[f"{name} ({module.parameter_name})"] = _path(module, state.lora_path)
-        return found
+        """What each adapted expert parameter's next forward does, by name."""
+        return peft.adapter_paths(self._model)
 
     def require(self, status: str = "fused") -> Report:
         """This report, or an error unless every layer and every adapter has `status`.
@@ -189,22 +177,3 @@ class Report:
         return capture.get()
 
     __repr__ = __str__
-
-
-def _path(wrapper: Any, seen: dict[str, str]) -> str:
-    if wrapper.merged:
-        return "merged into the weights by PEFT"
-    if wrapper.disable_adapters:
-        return "disabled by PEFT"
-    adapters = [a for a in wrapper.active_adapters if a in wrapper.lora_A]
-    if not adapters:
-        return "no active adapter"
-    if "_activate_lora" not in vars(wrapper) and wrapper.parameter_name not in seen:
-        state = state_of(wrapper.get_base_layer())
-        if state is None or not state.patched or not state.layout.fused_lora:
-            return "PEFT's own fold: not a patched layer"
-    reason = peft._not_fused(wrapper, adapters)
-    if reason is not None:
-        return f"PEFT's own fold: {reason}"
-    rank = wrapper.r[adapters[0]]
-    return f"fused: adapter {adapters[0]!r}, rank {rank}"

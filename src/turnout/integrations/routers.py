@@ -1,8 +1,8 @@
 """The router rule of each transformers architecture, read off the live modules.
 
-`spec_of(block)` reads block, router and config. Nothing has a default: an attribute that is not there
-is an error that names module and attribute. The rule is chosen by the router's class, never by the
-presence of a bias. `router_logits` computes the logits that the rule is applied to, with the
+`spec_of(block)` reads block, router and config. Nothing has a default: an attribute that is not
+there is an error that names module and attribute. The rule is chosen by the router's class, never
+by the presence of a bias. `router_logits` computes the logits that the rule is applied to, with the
 adapters that PEFT put on the router.
 
 phimoe (sparse mixer), switch and nllb (capacity), doge (product keys) and dbrx with a p-norm other
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from turnout.integrations.architectures import class_key
+from turnout.integrations.architectures import class_key, live
 from turnout.specs import RouteSpec, Score, Unsupported
 
 Tensors = dict[str, Tensor]
@@ -32,7 +32,7 @@ class Rule:
 
     Attributes:
         read: (router, block, config) to spec and tensors.
-        logits: `native` or `float32` linear on `router.weight` (plus `router.bias` if it has one),
+        logits: `native` or `float32` linear on `router.weight` (plus `router.bias` if it has it),
             or the name of the linear submodule, or `self` when the router is the linear.
     """
 
@@ -46,8 +46,8 @@ def need(module: Any, name: str) -> Any:
     value = getattr(module, name, missing)
     if value is missing:
         raise ValueError(
-            f"{type(module).__name__} has no attribute {name!r}; expected it for the router rule of "
-            "this architecture. Is this transformers release newer than turnout?"
+            f"{type(module).__name__} has no attribute {name!r}; expected it for the router rule "
+            "of this architecture. Is this transformers release newer than turnout?"
         )
     return value
 
@@ -376,21 +376,6 @@ _MODELS_OWN = {
 _LINEAR_ROUTERS = ("router", "router.proj", "router.layer", "router.gate", "router.classifier")
 
 
-def live(module: Any) -> Any:
-    """The module itself, below PEFT's wrappers; of `modules_to_save` the active copy."""
-    while True:
-        if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-            name = module.active_adapter
-            name = name[0] if isinstance(name, list) else name
-            saved = module.modules_to_save
-            on = not module.disable_adapters and name in saved
-            module = saved[name] if on else module.original_module
-        elif hasattr(module, "base_layer"):
-            module = module.base_layer
-        else:
-            return module
-
-
 def router_of(block: Any) -> Any:
     """The router attribute of a block, PEFT's wrapper included.
 
@@ -402,8 +387,8 @@ def router_of(block: Any) -> Any:
         if router is not None:
             return router
     raise ValueError(
-        f"{type(block).__name__} has neither 'gate' nor 'router'; expected an MoE block (for Gemma 4 "
-        "the decoder layer)"
+        f"{type(block).__name__} has neither 'gate' nor 'router'; expected an MoE block (for "
+        "Gemma 4 the decoder layer)"
     )
 
 
@@ -434,7 +419,8 @@ def spec_of(block: Any) -> tuple[RouteSpec, dict[str, Tensor]]:
         block: the MoE block of a transformers model (Gemma 4: the decoder layer).
 
     Returns:
-        `RouteSpec`, and a dict of keyword arguments of `route`: `bias_E`, `expert_scale_E`, `scale`.
+        `RouteSpec`, and a dict of keyword arguments of `route`: `bias_E`, `expert_scale_E`,
+        `scale`.
 
     Raises:
         ValueError: an attribute that the rule needs is not there.
@@ -461,15 +447,15 @@ def router_logits(block: Any, x_TH: Tensor) -> Tensor:
         )
     if kind == "gemma4":
         x = router.norm(x_TH) * router.scale * router.scalar_root_size
-        return router.proj(x)  # type: ignore[no-any-return]
+        return router.proj(x)
     if kind == "classifier32":
         classifier = router.classifier
         return F.linear(x_TH.float(), live(classifier).weight.float()) + _lora(classifier, x_TH)
     if kind == "wg":
         wide = live(router.wg).weight.dtype == torch.float32
-        return router.wg(x_TH.float() if wide else x_TH)  # type: ignore[no-any-return]
+        return router.wg(x_TH.float() if wide else x_TH)
     if kind in ("layer", "gate"):
-        return getattr(router, kind)(x_TH)  # type: ignore[no-any-return]
+        return getattr(router, kind)(x_TH)
     bias = getattr(router, "bias", None)  # only some routers have one
     if kind == "float32":
         bias = None if bias is None else bias.float()

@@ -29,7 +29,6 @@ class LayerState:
         original_config: the config object the module had, for `unpatch`.
         lora: factors by parameter name, present only while a PEFT wrapper's forward runs.
         lora_read: the experts ran since the factors were deposited.
-        lora_path: what happened to each adapted parameter at its last forward.
     """
 
     layout: Layout
@@ -40,7 +39,6 @@ class LayerState:
     original_config: Any = None
     lora: dict[str, Lora] = field(default_factory=dict)
     lora_read: bool = False
-    lora_path: dict[str, str] = field(default_factory=dict)
 
 
 def state_of(module: nn.Module) -> LayerState | None:

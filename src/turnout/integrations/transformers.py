@@ -1,8 +1,8 @@
 """transformers' experts functions on `turnout.expert_mlp`. The last file that knows Hugging Face.
 
 Importing this module registers `turnout` with transformers' `ExpertsInterface`, so
-`experts_implementation="turnout"` works; `turnout.patch` does more (adapters, options, a report, and
-the architectures that transformers' interface does not reach).
+`experts_implementation="turnout"` works; `turnout.patch` does more (adapters, options, a report,
+and the architectures that transformers' interface does not reach).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _stacks(module: nn.Module, layout: Layout) -> ExpertWeights:
 
 
 def _register(module: nn.Module) -> LayerState:
-    """State for a module that was never patched: right, but adapters come through PEFT's own fold."""
+    """State for a module that was never patched: adapters come through PEFT's own fold."""
     layout = layout_of(module)
     if not isinstance(layout, Layout):
         reason = layout.detail if isinstance(layout, Stock) else "its class is not known"
@@ -133,7 +133,7 @@ def longcat_forward(
 
 
 def llama4_block_forward(block: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """Llama 4's block: the sigmoid weight multiplies the expert's input; only chosen experts run."""
+    """Llama 4's block: the weight multiplies the expert's input; only chosen experts run."""
     hidden_states = hidden_states.reshape(-1, block.hidden_dim)
     scores_TE, logits_TE = block.router(hidden_states)
     experts_TK = torch.topk(logits_TE, block.top_k, dim=1).indices
@@ -179,11 +179,11 @@ FORWARDS = {
 
 def bind(module: nn.Module, forward: Any) -> None:
     """Give one instance a forward; a partial survives deepcopy and pickle with the module."""
-    module.forward = partial(forward, module)  # type: ignore[method-assign]
+    module.forward = partial(forward, module)
 
 
 def register() -> None:
-    """Make `experts_implementation="turnout"` known to transformers. Importing this file does it."""
+    """Make `experts_implementation="turnout"` known to transformers; importing this does it."""
     defaults = use_experts_implementation.__kwdefaults__ or {}
     interface = defaults.get("experts_interface", ALL_EXPERTS_FUNCTIONS)
     for registry in {id(r): r for r in (ALL_EXPERTS_FUNCTIONS, interface)}.values():

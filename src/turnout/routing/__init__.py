@@ -1,1 +1,1 @@
-"""From router logits to experts and weights: `turnout.routing.rules` defines, `turnout.routing.ops` is public."""
+"""Logits to experts and weights: `turnout.routing.ops` is public, `rules` defines."""

@@ -37,7 +37,7 @@ class Routing:
     logits_TE: Tensor | None = None
 
     def flat(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """SonicMoE's form: (weights_S float32, token_S int32 ascending, expert_S int32, logits_TE)."""
+        """SonicMoE's form: weights_S float32, token_S int32 ascending, expert_S int32, logits."""
         tokens, top_k = self.experts_TK.shape
         token_S = torch.arange(tokens, dtype=torch.int32, device=self.experts_TK.device)
         return (
@@ -63,18 +63,16 @@ def top_indices(values: Tensor, k: int) -> Tensor:
 
 
 @torch.no_grad()
-def select(z_TE: Tensor, s_TE: Tensor, spec: RouteSpec, bias_E: Tensor | None) -> Tensor:
-    """The chosen experts (T, K): top-k of mask(s + bias)."""
+def choice(z_TE: Tensor, s_TE: Tensor, spec: RouteSpec, bias_E: Tensor | None) -> Tensor:
+    """(T, E) values whose top-k is chosen: mask(s + bias), or the logits themselves."""
     if bias_E is None and spec.n_group == 1:
-        return top_indices(z_TE, spec.top_k)
-    choice = s_TE if bias_E is None else s_TE + bias_E
-    if spec.n_group > 1:
-        choice = _mask_groups(choice, spec)
-    return top_indices(choice, spec.top_k)
+        return z_TE
+    values = s_TE if bias_E is None else s_TE + bias_E
+    return _mask_groups(values, spec) if spec.n_group > 1 else values
 
 
-def _mask_groups(choice_TE: Tensor, spec: RouteSpec) -> Tensor:
-    grouped = choice_TE.unflatten(-1, (spec.n_group, -1))
+def _mask_groups(values_TE: Tensor, spec: RouteSpec) -> Tensor:
+    grouped = values_TE.unflatten(-1, (spec.n_group, -1))
     if spec.group_score == "max":
         group_TG = grouped.amax(-1)
     else:
@@ -128,7 +126,7 @@ def route(
     z_TE, z_TA = z[..., :num_experts], z[..., num_experts:]
     s_TE, s_TA = s[..., :num_experts], s[..., num_experts:]
     if experts_TK is None:
-        experts_TK = select(z_TE, s_TE, spec, bias_E)
+        experts_TK = top_indices(choice(z_TE, s_TE, spec, bias_E), spec.top_k)
     else:
         experts_TK = experts_TK.long()
     weights, always = weigh(z_TE, s_TE, z_TA, s_TA, experts_TK, spec)
