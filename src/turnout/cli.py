@@ -70,38 +70,76 @@ def doctor(json_file: Json = None) -> None:
 
 @app.command()
 def verify(
-    model: Annotated[
-        Path | None, typer.Option(help="A local checkpoint instead of the tiny models.")
+    types: Annotated[
+        list[str] | None, typer.Argument(help="Architectures (model types); else a short list.")
     ] = None,
-    all_architectures: Annotated[
-        bool, typer.Option("--all", help="Every architecture; without it a short list.")
-    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Every architecture.")] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="Check a local Hugging Face checkpoint instead.")
+    ] = None,
+    support: Annotated[
+        Path | None, typer.Option(help="With --all: write the table of docs/support.md here.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to run, for example cuda.")] = "cpu",
     json_file: Json = None,
 ) -> None:
-    """Compare turnout with the model's own code: forward, gradients, LoRA, routing."""
-    from turnout import verify
+    """Compare turnout with the model's own code: forward, gradients, LoRA, routing, bfloat16."""
+    from turnout import verify as checks
 
-    result = _run(lambda: verify.main(model=model, all_architectures=all_architectures), json_file)
+    result = _run(
+        lambda: checks.main(
+            types, everything=everything, model=model, support=support, device=device
+        ),
+        json_file,
+    )
     if any(row["status"] == "fail" for row in result["rows"]):
         raise typer.Exit(1)
 
 
 @app.command()
 def train(
-    model: Annotated[Path | None, typer.Option(help="A local Hugging Face checkpoint.")] = None,
-    data: Annotated[Path | None, typer.Option(help="A text or JSONL file.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A local Hugging Face checkpoint; without it a tiny one.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help='Text, or JSONL of {"text": ...} or {"messages": [...]}.')
+    ] = None,
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("runs/demo"),
-    overwrite: Annotated[bool, typer.Option(help="Replace what is in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in --out.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; else one pass.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; else 2e-4.")] = None,
+    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha; else twice the rank.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence; else 1024.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences per step; else 1.")] = None,
     seed: Annotated[int, typer.Option(help="The seed of everything random.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    expert_dropout: Annotated[float, typer.Option(help="LoRA dropout on the experts.")] = 0.0,
+    backend: Annotated[str, typer.Option(help="auto, torch, triton, hopper or sonic.")] = "auto",
+    router: Annotated[str, typer.Option(help="model or fused.")] = "model",
+    recompute: Annotated[str, typer.Option(help="none or gate_up.")] = "none",
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; else a quarter of the run.")
+    ] = None,
+    check: Annotated[
+        bool | None, typer.Option(help="Reload the adapter without turnout and compare.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
-    """Fine-tune a causal language model with LoRA on its experts; without --model a tiny one."""
-    from turnout import train
+    """Fine-tune a causal language model with LoRA on its attention and experts."""
+    flags = {name: value for name, value in locals().items() if name != "json_file"}
+    from turnout.train import TrainConfig, TrainingFailed, run
 
-    flags = {"model": model, "data": data, "out": out, "overwrite": overwrite}
-    _run(lambda: train.main(**flags, resume=resume, steps=steps, seed=seed), json_file)
+    config = TrainConfig(**flags)
+    try:
+        _run(lambda: run(config), json_file)
+    except TrainingFailed as error:
+        Console(stderr=True).print(Text(f"error: {error}", style="bold red"), soft_wrap=True)
+        raise typer.Exit(1) from None
 
 
 Model = Annotated[

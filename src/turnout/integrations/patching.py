@@ -197,7 +197,7 @@ def lora_targets(model: nn.Module) -> list[str]:
         if layout.call == "llama4_block":
             place = f"{place}.experts"
         for path in (layout.gate_up, layout.down):
-            target = f"{place}.{path}"
+            target = f"{place}.{path}" if place else path
             if target not in targets:
                 targets.append(target)
     if targets:

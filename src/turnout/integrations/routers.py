@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from turnout.integrations.architectures import class_key, live
+from turnout.integrations.architectures import class_key, keys_of, live
 from turnout.specs import RouteSpec, Score, Unsupported
 
 Tensors = dict[str, Tensor]
@@ -306,7 +306,7 @@ def _rules(read: Read, names: str, logits: str = "native") -> dict[str, Rule]:
     return {name: Rule(read, logits) for name in names.split()}
 
 
-# By the class of the router; `aria` and `jamba` route in the block, so theirs is the block's class.
+# By the class of the router.
 _RULES: dict[str, Rule] = {
     **_rules(_mixtral, "mixtral.MixtralTopKRouter minimax.MiniMaxTopKRouter"),
     **_rules(
@@ -325,9 +325,7 @@ _RULES: dict[str, Rule] = {
     ),
     **_rules(_always_normalised, "hunyuan_v1_moe.HunYuanMoEV1Gate", "wg"),
     **_rules(_always_normalised, "jetmoe.JetMoeTopKGating", "layer"),
-    **_rules(_jamba, "jamba.JambaSparseMoeBlock", "self"),
     **_rules(_native_softmax, "gpt_oss.GptOssTopKRouter"),
-    **_rules(_aria, "aria.AriaTextMoELayer", "self"),
     **_rules(_dbrx, "dbrx.DbrxRouter", "layer"),
     **_rules(_gemma4, "gemma4.Gemma4TextRouter diffusion_gemma.DiffusionGemmaTextRouter", "gemma4"),
     **_rules(
@@ -367,6 +365,12 @@ _RULES: dict[str, Rule] = {
     **_rules(_zaya, "zaya.ZayaRouter", "module"),
 }
 
+# By the class of the block, where the router is a bare Linear.
+_BLOCK_RULES: dict[str, Rule] = {
+    **_rules(_jamba, "jamba.JambaSparseMoeBlock", "self"),
+    **_rules(_aria, "aria.AriaTextMoELayer", "self"),
+}
+
 _MODELS_OWN = {
     "phimoe.PhimoeTopKRouter": "sparse mixer: stochastic in training, with an autograd of its own",
     "switch_transformers.SwitchTransformersTop1Router": "top-1 with expert capacity",
@@ -392,17 +396,22 @@ def router_of(block: Any) -> Any:
     )
 
 
-def _rule(block: Any) -> Rule:
+def _find_rule(block: Any) -> Rule | None:
     router = live(router_of(block))
-    for module in (router, block):
-        for cls in type(module).__mro__:
-            key = class_key(cls)
-            if key in _RULES:
-                return _RULES[key]
-            if key in _MODELS_OWN:
-                raise Unsupported(
-                    f"{type(router).__name__} keeps the model's own router: {_MODELS_OWN[key]}"
-                )
+    table, owner = (_BLOCK_RULES, block) if type(router) is nn.Linear else (_RULES, router)
+    return next((table[key] for key in keys_of(owner) if key in table), None)
+
+
+def _rule(block: Any) -> Rule:
+    rule = _find_rule(block)
+    if rule is not None:
+        return rule
+    router = live(router_of(block))
+    for key in keys_of(router):
+        if key in _MODELS_OWN:
+            raise Unsupported(
+                f"{type(router).__name__} keeps the model's own router: {_MODELS_OWN[key]}"
+            )
     raise Unsupported(
         f"{type(block).__name__} with router {type(router).__name__} has no rule in turnout; build "
         "one with RouteSpec, RouteSpec.softmax or RouteSpec.sigmoid and call turnout.route"
@@ -479,10 +488,25 @@ def _lora(wrapper: Any, x_TH: Tensor) -> Tensor:
     return delta
 
 
+def has_rule(module: nn.Module) -> bool:
+    """The module is an MoE block whose router has a rule here."""
+    routers = [getattr(module, name, None) for name in ("gate", "router")]  # a block has one
+    if not any(isinstance(router, nn.Module) for router in routers):
+        return False
+    return _find_rule(module) is not None
+
+
+def own_router(model: nn.Module) -> str:
+    """Why the model keeps its own router, or an empty string."""
+    for module in model.modules():
+        for key in keys_of(module):
+            if key in _MODELS_OWN:
+                return f"the model's own: {_MODELS_OWN[key]}"
+    return ""
+
+
 def is_router(module: nn.Module, name: str) -> bool:
     """The module is a router of a known class, or the Linear inside one."""
-    if any(
-        class_key(cls) in _RULES or class_key(cls) in _MODELS_OWN for cls in type(module).__mro__
-    ):
+    if any(key in _RULES or key in _MODELS_OWN for key in keys_of(module)):
         return True
     return isinstance(module, nn.Linear) and name.endswith(_LINEAR_ROUTERS)

@@ -93,8 +93,11 @@ def weigh(
     top_k = experts_TK.shape[-1]
     if spec.norm and spec.eps == 0.0 and spec.score != "sqrtsoftplus":
         z = torch.cat([z_TE.gather(-1, experts_TK), z_TA], dim=-1)
-        log_s = z if spec.score == "softmax" else F.logsigmoid(z)
-        weights = log_s.softmax(-1)
+        if spec.score == "softmax":
+            weights = z.softmax(-1)
+        else:
+            log_s = F.logsigmoid(z)
+            weights = torch.exp(log_s - log_s.logsumexp(-1, keepdim=True))
         return weights[..., :top_k], weights[..., top_k:]
     chosen = s_TE.gather(-1, experts_TK)
     if not spec.norm:
