@@ -1,0 +1,502 @@
+"""`turnout train` on small checkpoints: what it writes, resume, options, and how it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import turnout
+from turnout import cli
+from turnout.train import TrainConfig, TrainingFailed, builtin, corpus, pipeline, proof, run
+from turnout.train import progress as progress_module
+from turnout.train.checkpoint import add_lora
+from turnout.train.data import Packed
+from turnout.train.loop import Fit, fit
+from turnout.train.watch import Watch
+
+KEYS = {
+    "steps",
+    "loss_start",
+    "loss_end",
+    "heldout_loss_base",
+    "heldout_loss_lora",
+    "heldout_loss_stock_peft",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "device",
+    "backend",
+    "expert_lora_tensors",
+    "expert_lora_tensors_with_gradient",
+    "plain_peft_max_abs_diff",
+    "merged_max_abs_diff",
+}
+# What a second run with the same seed may give differently.
+MEASURED = {"tokens_per_second", "peak_memory_bytes"}
+FILES = {"adapter", "checkpoints", "loss.png", "experts.png", "report.json", "run.json"}
+PNG = b"\x89PNG"
+SMALL = {"seq_len": 32, "batch": 4, "steps": 6, "lr": 5e-3, "rank": 4}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """An untrained built-in model as a user's checkpoint."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = builtin.make_tokenizer()
+    builtin.make_model(tokenizer, seed=1).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "corpus.txt"
+    path.write_text("\n".join(corpus.backwards(0).train[:60]))
+    return path
+
+
+def config(checkpoint, text, out, **options) -> TrainConfig:
+    return TrainConfig(model=checkpoint, data=text, out=out, **{**SMALL, **options})
+
+
+def adapter_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def same_numbers(a: dict, b: dict) -> None:
+    left, right = ({k: v for k, v in s.items() if k not in MEASURED} for s in (a, b))
+    assert left == right
+
+
+def same_adapters(a: Path, b: Path) -> None:
+    left, right = adapter_of(a), adapter_of(b)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+@pytest.mark.slow
+def test_the_default_run_proves_what_it_says(tmp_path, capsys):
+    out = tmp_path / "demo"
+    summary = run(TrainConfig(out=out))
+    assert summary.keys() >= KEYS
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert summary["heldout_loss_lora"] <= 0.7 * summary["heldout_loss_base"]
+    stock = summary["heldout_loss_stock_peft"]
+    assert abs(summary["heldout_loss_lora"] - stock) <= 0.05 * stock
+    assert summary["loss_end"] < 0.5 * summary["loss_start"]
+    assert summary["expert_lora_tensors"] == summary["expert_lora_tensors_with_gradient"] == 8
+    assert summary["plain_peft_max_abs_diff"] < 1e-3
+    assert summary["merged_max_abs_diff"] < 1e-3
+    assert summary["not_proven"] == []
+    assert {path.name for path in out.iterdir()} == FILES | {"base", "summary.json"}
+    for name in ("loss.png", "experts.png"):
+        assert (out / name).read_bytes().startswith(PNG)
+    printed = capsys.readouterr().out
+    assert "What this run proved" in printed
+    for sentence in summary["proven"]:
+        assert sentence in printed
+    # The adapter is plain PEFT: no turnout in its config, and it loads without.
+    assert "turnout" not in (out / "adapter" / "adapter_config.json").read_text().replace(
+        str(tmp_path), ""
+    )
+    base = AutoModelForCausalLM.from_pretrained(out / "base")
+    model = PeftModel.from_pretrained(base, out / "adapter")
+    assert model(torch.ones(1, 4).long()).logits.isfinite().all()
+
+
+def test_a_users_checkpoint_is_trained_without_comparisons(checkpoint, text, tmp_path):
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    summary = run(config(checkpoint, text, tmp_path / "out"))
+    for key in ("heldout_loss_stock_peft", "plain_peft_max_abs_diff", "merged_max_abs_diff"):
+        assert summary[key] is None
+    assert summary["heldout_loss_lora"] < summary["heldout_loss_base"]
+    assert summary["steps"] == 6
+    assert "no document mask" in summary["packing"]
+    assert summary["backend"] == "torch"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES | {"summary.json"}
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def test_a_run_is_one_pass_over_the_data_by_default(checkpoint, text, tmp_path):
+    summary = run(config(checkpoint, text, tmp_path / "out", steps=None))
+    assert summary["steps"] == -(-summary["train_sequences"] // 4)
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupted(run_config, monkeypatch, step) -> None:
+    """Run until the end of `step`, then stop as an interrupt would."""
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(progress_module.Bar, "on_step_begin", stop)
+        with pytest.raises(Stop):
+            run(run_config)
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(checkpoint, text, tmp_path, monkeypatch):
+    # More steps than one pass has, so that the order of a second pass matters too.
+    options = {"steps": 40, "save_steps": 7, "expert_dropout": 0.2}
+    whole = run(config(checkpoint, text, tmp_path / "whole", **options))
+    first = config(checkpoint, text, tmp_path / "parts", **options)
+    interrupted(first, monkeypatch, 30)
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    parts = run(config(checkpoint, text, tmp_path / "parts", resume=True, **options))
+    same_numbers(whole, parts)
+    same_adapters(tmp_path / "whole", tmp_path / "parts")
+    last = "checkpoints/checkpoint-40/expert_tokens.json"
+    assert (tmp_path / "whole" / last).read_text() == (tmp_path / "parts" / last).read_text()
+    again = run(config(checkpoint, text, tmp_path / "parts", resume=True, **options))
+    same_numbers(whole, again)
+
+
+def test_a_resumed_builtin_run_keeps_its_base(tmp_path, monkeypatch):
+    monkeypatch.setattr(builtin, "BASE_STEPS", 2)
+    monkeypatch.setattr(proof, "LEARNED", 10.0)
+    options = {"steps": 8, "save_steps": 2, "seq_len": 32, "batch": 4}
+    whole = run(TrainConfig(out=tmp_path / "whole", **options))
+    interrupted(TrainConfig(out=tmp_path / "parts", **options), monkeypatch, 5)
+    base = (tmp_path / "parts" / "base" / "model.safetensors").stat().st_mtime_ns
+    parts = run(TrainConfig(out=tmp_path / "parts", resume=True, **options))
+    assert (tmp_path / "parts" / "base" / "model.safetensors").stat().st_mtime_ns == base
+    same_numbers(whole, parts)
+
+
+def test_a_resumed_run_must_have_the_same_options_and_data(checkpoint, text, tmp_path):
+    run(config(checkpoint, text, tmp_path / "out"))
+    with pytest.raises(ValueError, match="rank = 4, not 2"):
+        run(config(checkpoint, text, tmp_path / "out", rank=2, alpha=8.0, resume=True))
+    with pytest.raises(ValueError, match=r"alpha = 8\.0, not 3\.0"):
+        run(config(checkpoint, text, tmp_path / "out", alpha=3.0, resume=True))
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text() + text.read_text())
+    with pytest.raises(ValueError, match="data = "):
+        run(config(checkpoint, other, tmp_path / "out", resume=True))
+
+
+def test_changed_data_is_noticed_on_resume(checkpoint, text, tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_text(text.read_text())
+    run(config(checkpoint, data, tmp_path / "out"))
+    data.write_text(text.read_text()[::-1])
+    with pytest.raises(ValueError, match="data_sha256"):
+        run(config(checkpoint, data, tmp_path / "out", resume=True))
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_does_not(checkpoint, text, tmp_path):
+    runs = [
+        run(config(checkpoint, text, tmp_path / str(i), seed=seed))
+        for i, seed in enumerate((5, 5, 6))
+    ]
+    same_numbers(runs[0], runs[1])
+    same_adapters(tmp_path / "0", tmp_path / "1")
+    assert runs[0]["loss_end"] != runs[2]["loss_end"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gradient_checkpointing": True}, {"recompute": "gate_up"}, {"backend": "torch"}],
+    ids=str,
+)
+def test_memory_options_change_no_number(checkpoint, text, tmp_path, options):
+    plain = run(config(checkpoint, text, tmp_path / "plain"))
+    other = run(config(checkpoint, text, tmp_path / "other", **options))
+    for key in ("loss_start", "loss_end", "heldout_loss_lora"):
+        assert other[key] == pytest.approx(plain[key], rel=1e-5)
+    # The second forward of checkpointing is not counted.
+    last = "checkpoints/checkpoint-6/expert_tokens.json"
+    assert (tmp_path / "plain" / last).read_text() == (tmp_path / "other" / last).read_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_adapter_of_a_users_checkpoint_can_be_checked(checkpoint, text, tmp_path, dtype):
+    summary = run(config(checkpoint, text, tmp_path / "out", dtype=dtype, check=True))
+    assert 0 <= summary["plain_peft_max_abs_diff"] < 1e-3
+    assert 0 <= summary["merged_max_abs_diff"] < 1e-3
+    assert summary["not_proven"] == []
+    assert {tensor.dtype for tensor in adapter_of(tmp_path / "out").values()} == {torch.float32}
+
+
+def test_expert_dropout_changes_training(checkpoint, text, tmp_path):
+    plain = run(config(checkpoint, text, tmp_path / "plain"))
+    dropped = run(config(checkpoint, text, tmp_path / "dropped", expert_dropout=0.5))
+    assert dropped["loss_end"] != plain["loss_end"]
+
+
+def test_chats_are_trained_on(checkpoint, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in checkpoint.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    )
+    chat = {"messages": [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]}
+    data = tmp_path / "chats.jsonl"
+    data.write_text((json.dumps(chat) + "\n") * 40)
+    summary = run(config(model, data, tmp_path / "out", steps=20))
+    assert summary["documents"] == 40
+    assert summary["loss_end"] < summary["loss_start"]
+
+
+def test_one_sequence_is_enough_and_nothing_is_held_out(checkpoint, tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_text("x" * 40)
+    summary = run(config(checkpoint, data, tmp_path / "out"))
+    assert summary["heldout_sequences"] == 0
+    assert summary["heldout_loss_base"] is None
+    assert summary["heldout_loss_lora"] is None
+
+
+# How it fails.
+
+
+def test_a_claim_that_does_not_hold_is_not_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(builtin, "BASE_STEPS", 2)
+    options = {"steps": 2, "lr": 1e-6, "seq_len": 32, "batch": 2, "out": tmp_path / "out"}
+    with pytest.raises(TrainingFailed, match="not proven: LoRA taught the model"):
+        run(TrainConfig(**options))
+    assert "What this run proved" not in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert len(summary["not_proven"]) == 1
+    flags = ["--steps", "2", "--lr", "1e-6", "--seq-len", "32", "--batch", "2"]
+    result = CliRunner().invoke(
+        cli.app, ["train", "--out", str(tmp_path / "out"), "--overwrite", *flags]
+    )
+    assert result.exit_code == 1
+    assert "not proven" in result.output
+
+
+def breaking(monkeypatch, damage):
+    """Do `damage` to the model right after it was patched."""
+    patch = turnout.patch
+
+    def patch_and_break(model, **options):
+        report = patch(model, **options)
+        wrappers = [m for m in model.modules() if isinstance(m, ParamWrapper)]
+        if wrappers:
+            damage(model, wrappers)
+        return report
+
+    monkeypatch.setattr(pipeline.turnout, "patch", patch_and_break, raising=False)
+
+
+def freeze(model, wrappers):
+    wrappers[0].lora_A["default"].weight.requires_grad_(False)
+
+
+def detach(model, wrappers):
+    wrappers[-1].get_base_layer().register_forward_hook(lambda module, args, out: out.detach())
+
+
+def lose_one_expert(model, wrappers):
+    def without(grad):
+        grad = grad.clone()
+        grad.view(grad.shape[0], -1, wrappers[0].num_experts)[..., 0] = 0
+        return grad
+
+    wrappers[0].lora_B["default"].weight.register_hook(without)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (freeze, r"layers\.0\.mlp\.experts\.\w+\.lora_A: experts 0, 1"),
+        (detach, r"layers\.1\.mlp\.experts\.\w+\.lora_[AB]: experts 0, 1"),
+        (lose_one_expert, r"layers\.0\.mlp\.experts\.\w+\.lora_B: expert 0 saw"),
+    ],
+)
+def test_an_expert_adapter_without_gradient_stops_the_run(
+    checkpoint, text, tmp_path, monkeypatch, damage, words
+):
+    breaking(monkeypatch, damage)
+    with pytest.raises(TrainingFailed, match=words + ".* step 2;"):
+        run(config(checkpoint, text, tmp_path / "out", batch=16))
+    assert not (tmp_path / "out" / "adapter").exists()
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(checkpoint, text, tmp_path, monkeypatch):
+    breaking(
+        monkeypatch,
+        lambda model, wrappers: torch.nn.init.constant_(
+            wrappers[0].lora_A["default"].weight, float("nan")
+        ),
+    )
+    with pytest.raises(TrainingFailed, match="the loss is nan at step 1"):
+        run(config(checkpoint, text, tmp_path / "out"))
+
+
+def bare(count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, 60, (count, 16), generator=generator)
+
+
+def test_the_watch_changes_no_number_and_counts_every_token(checkpoint, tmp_path):
+    how = Fit(steps=3, batch=4, lr=1e-2, seed=0)
+    losses = []
+    for watched in (False, True):
+        base = AutoModelForCausalLM.from_pretrained(checkpoint)
+        model = add_lora(base, rank=2, alpha=4.0, seed=0)
+        turnout.patch(model)
+        watch = Watch(model, 16)
+        if watched:
+            with watch.attached():
+                result = fit(model, Packed(bare(12)), how, tmp_path, [watch])
+        else:
+            result = fit(model, Packed(bare(12)), how, tmp_path, [])
+        losses.append(result.losses)
+    assert losses[0] == losses[1]
+    counts = watch.counts()
+    assert list(counts) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    assert {sum(tokens) for tokens in counts.values()} == {12 * 16 * 2}
+    assert not any(layer.module._forward_pre_hooks for layer in watch.layers)
+
+
+def test_an_expert_that_saw_only_last_tokens_is_not_blamed(checkpoint):
+    """The last token of a sequence has no label: its expert has no gradient by right."""
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = add_lora(base, rank=2, alpha=4.0, seed=0)
+    turnout.patch(model)
+    watch = Watch(model, 4)
+    layer = watch.layers[0]
+    experts_TK = torch.tensor([[0, 1], [0, 1], [0, 1], [2, 3]] * 2)
+    with watch.attached():
+        layer.module(torch.randn(8, 64), experts_TK, torch.full((8, 2), 0.5))
+    assert layer.step_E.tolist() == [6, 6, 2, 2, 0, 0, 0, 0]
+    assert layer.scored_E.tolist() == [6, 6, 0, 0, 0, 0, 0, 0]
+
+
+# Bad input: an error before any work, and nothing written.
+
+
+def no_config(path):
+    (path / "config.json").unlink()
+
+
+def bad_config(path):
+    (path / "config.json").write_text("{")
+
+
+def no_model_type(path):
+    (path / "config.json").write_text("{}")
+
+
+def no_weights(path):
+    (path / "model.safetensors").unlink()
+
+
+def cut_weights(path):
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+
+
+def no_tokenizer(path):
+    (path / "tokenizer.json").unlink()
+
+
+def missing_weights(path):
+    config = json.loads((path / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def adapter_only(path):
+    no_config(path)
+    (path / "adapter_config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (no_config, "no config.json"),
+        (bad_config, "not JSON"),
+        (no_model_type, "model_type"),
+        (no_weights, "no weights"),
+        (cut_weights, "can not be loaded"),
+        (no_tokenizer, "no tokenizer"),
+        (missing_weights, "lacks .* weights"),
+        (adapter_only, "folder of its base model"),
+    ],
+)
+def test_what_is_not_a_checkpoint_is_refused(checkpoint, text, tmp_path, damage, words):
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in checkpoint.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    damage(model)
+    with pytest.raises(ValueError, match=words):
+        run(config(model, text, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_on_the_hub_is_not_downloaded(text, tmp_path):
+    with pytest.raises(ValueError, match="downloads nothing"):
+        run(config(Path("Qwen/Qwen3-30B-A3B"), text, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_experts_is_refused(checkpoint, text, tmp_path):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 99}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    model = tmp_path / "dense"
+    Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)).save_pretrained(model)
+    builtin.make_tokenizer().save_pretrained(model)
+    with pytest.raises(ValueError, match="no MoE layer"):
+        run(config(model, text, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_sequences_longer_than_the_model_are_refused(checkpoint, tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_text("x" * 4000)
+    with pytest.raises(ValueError, match="seq_len is 2000; expected at most 1024"):
+        run(config(checkpoint, data, tmp_path / "out", seq_len=2000))
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_turnout_lacks_are_refused_before_work(checkpoint, text, tmp_path):
+    with pytest.raises(turnout.Unsupported, match="hopper"):
+        run(config(checkpoint, text, tmp_path / "out", backend="hopper"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_leaves_an_earlier_run_alone(checkpoint, text, tmp_path):
+    out = tmp_path / "out"
+    run(config(checkpoint, text, out))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    bad = [
+        config(checkpoint, text, out),
+        config(checkpoint, empty, out, overwrite=True),
+        config(tmp_path, text, out, overwrite=True),
+        config(checkpoint, text, out, overwrite=True, backend="sonic"),
+    ]
+    for wrong in bad:
+        with pytest.raises((ValueError, turnout.Unsupported)):
+            run(wrong)
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_the_command_exits_with_2_on_bad_input(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["turnout", "train", "--rank", "0", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "rank is 0" in capsys.readouterr().err
