@@ -37,6 +37,11 @@ def _check_positive(what: str, got: int) -> None:
         raise ValueError(f"{what} is {got!r}; expected an integer of at least 1")
 
 
+def _check_bool(what: str, got: bool) -> None:
+    if not isinstance(got, bool):
+        raise ValueError(f"{what} is {got!r}; expected True or False")
+
+
 def _check_finite(what: str, got: float, low: float = -math.inf) -> None:
     if isinstance(got, bool) or not isinstance(got, (int, float)) or not math.isfinite(got):
         raise ValueError(f"{what} is {got!r}; expected a finite number")
@@ -115,8 +120,10 @@ class RouteSpec:
             _check_finite(f"RouteSpec.{name}", getattr(self, name), low=0.0)
         for name in ("scale", "output_scale"):
             _check_finite(f"RouteSpec.{name}", getattr(self, name))
-        if isinstance(self.n_always, bool) or self.n_always < 0:
-            raise ValueError(f"RouteSpec.n_always is {self.n_always!r}; expected 0 or more")
+        _check_bool("RouteSpec.norm", self.norm)
+        always = self.n_always
+        if isinstance(always, bool) or not isinstance(always, int) or always < 0:
+            raise ValueError(f"RouteSpec.n_always is {always!r}; expected an integer, 0 or more")
 
     @classmethod
     def softmax(
@@ -207,6 +214,10 @@ class Activation:
 
     def __post_init__(self) -> None:
         check_choice("Activation.act", self.act, Act)
+        for name in ("gated", "interleaved", "limit_after"):
+            _check_bool(f"Activation.{name}", getattr(self, name))
+        for name in ("alpha", "up_offset"):
+            _check_finite(f"Activation.{name}", getattr(self, name))
         if self.limit is not None:
             _check_finite("Activation.limit", self.limit, low=0.0)
         if not self.gated and (self.interleaved or self.limit is not None or self.up_offset):
@@ -238,6 +249,14 @@ class ExpertSpec:
     transposed: bool = False
     weight_on_input: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.activation, Activation):
+            raise ValueError(
+                f"ExpertSpec.activation is {self.activation!r}; expected a turnout.Activation"
+            )
+        for name in ("transposed", "weight_on_input"):
+            _check_bool(f"ExpertSpec.{name}", getattr(self, name))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GemmProblem:
@@ -256,6 +275,7 @@ class GemmProblem:
         gathered: the rows of `a` (for ragged `m`) are read through a row map.
         weight_k_major: the contracted dim of w is the contiguous one.
         dropout: the LoRA input is masked.
+        narrow: the product is an adapter's intermediate, x A^T or its mirror.
     """
 
     ragged: Literal["m", "k"]
@@ -272,3 +292,4 @@ class GemmProblem:
     weight_k_major: bool = True
     bias: bool = False
     dropout: bool = False
+    narrow: bool = False

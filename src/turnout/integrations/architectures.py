@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -51,8 +51,6 @@ class Layout:
         gate_up_bias, down_bias: attribute names, or None.
         call: how turnout gets into the module: transformers' interface, or an instance `forward` of
             the named kind.
-        peft_swaps: PEFT reads the stack as (E, out, in) although it is stored (E, in, out) without
-            saying so, hence its A touches the output dim and its B the input dim.
         fused_lora: PEFT wraps the module that holds the parameter, and turnout can take the
             factors.
     """
@@ -63,7 +61,6 @@ class Layout:
     gate_up_bias: str | None = None
     down_bias: str | None = None
     call: Call = "interface"
-    peft_swaps: bool = False
     fused_lora: bool = True
 
 
@@ -94,6 +91,23 @@ def live(module: Any) -> Any:
             return module
 
 
+@cache
+def _grid() -> torch.Tensor:
+    """(64, 32) pre-activations from -12 to 12 in an order that pairs every gate with every up."""
+    values = torch.linspace(-12, 12, 64 * 32, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    return values[torch.randperm(values.numel(), generator=generator)].view(64, 32)
+
+
+@torch.no_grad()
+def _agrees(compute: Callable[[torch.Tensor], torch.Tensor], activation: Activation) -> bool:
+    z = _grid()
+    theirs, ours = compute(z.clone()), activate(z, activation)
+    return theirs.shape == ours.shape and bool(
+        torch.allclose(theirs, ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
+    )
+
+
 # What ACT2FN hands out, by class name; F.silu is a function.
 _ACTS: dict[str, tuple[Act, float]] = {
     "SiLUActivation": ("silu", 1.0),
@@ -109,10 +123,18 @@ _ACTS: dict[str, tuple[Act, float]] = {
 }
 
 
-def _act(module: nn.Module) -> tuple[Act, float] | None:
-    function = module.act_fn
+def _known_act(function: Any) -> tuple[Act, float] | None:
+    """The activation of a function or module by its class name, if it also computes that."""
     name = function.__name__ if inspect.isroutine(function) else type(function).__name__
-    return _ACTS.get(name)
+    known = _ACTS.get(name)
+    if known is None:
+        return None
+    activation = Activation(act=known[0], alpha=known[1], gated=False)
+    return known if _agrees(function, activation) else None
+
+
+def _act(module: nn.Module) -> tuple[Act, float] | None:
+    return _known_act(module.act_fn)
 
 
 def _default_gate(module: nn.Module) -> Activation | None:
@@ -173,33 +195,13 @@ def _gate_key(module: nn.Module) -> str | None:
     return None
 
 
-@cache
-def _grid() -> torch.Tensor:
-    """(64, 32) pre-activations from -12 to 12 in an order that pairs every gate with every up."""
-    values = torch.linspace(-12, 12, 64 * 32, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    return values[torch.randperm(values.numel(), generator=generator)].view(64, 32)
-
-
-@torch.no_grad()
-def _agrees(compute: Callable[[torch.Tensor], torch.Tensor], activation: Activation) -> bool:
-    z = _grid()
-    theirs, ours = compute(z.clone()), activate(z, activation)
-    return theirs.shape == ours.shape and bool(
-        torch.allclose(theirs, ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
-    )
-
-
 def activation_of(module: Any) -> Activation | Stock:
     """The activation of a decorated experts module, checked on a grid."""
     if not module.has_gate:
         known = _act(module)
         if known is None:
             return Stock("unknown_gate", f"activation {module.act_fn!r} has no fused epilogue")
-        activation = Activation(act=known[0], alpha=known[1], gated=False)
-        if not _agrees(module.act_fn, activation):
-            return Stock("unknown_gate", f"{module.act_fn!r} does not compute {activation}")
-        return activation
+        return Activation(act=known[0], alpha=known[1], gated=False)
     key = _gate_key(module)
     reader = _default_gate if key is None else _GATES.get(key)
     found = None if reader is None else reader(module)
@@ -262,6 +264,15 @@ def get_path(module: nn.Module, path: str) -> Any:
     return value
 
 
+def foreign_parametrization(module: nn.Module, name: str) -> str:
+    """The parametrization of a parameter that is not PEFT's own fold, or an empty string."""
+    if not parametrize.is_parametrized(module, name):
+        return ""
+    found = [type(p) for p in module.parametrizations[name]]  # type: ignore[index]
+    foreign = [c.__name__ for c in found if not c.__module__.startswith("peft.")]
+    return f"parametrized by {', '.join(foreign)}" if foreign else ""
+
+
 def _check_stacks(module: nn.Module, *paths: str) -> Stock | None:
     for path in paths:
         head = path.split(".")[0]
@@ -270,9 +281,10 @@ def _check_stacks(module: nn.Module, *paths: str) -> Stock | None:
         weight = get_path(module, path)
         if not isinstance(weight, torch.Tensor):
             return Stock("no_3d_weights", f"{path} is {type(weight).__name__}, not a tensor")
-        parametrized = parametrize.is_parametrized(module, head)
+        parametrized = foreign_parametrization(module, head)
         if not weight.is_floating_point() or weight.element_size() < 2 or parametrized:
-            return Stock("quantised", f"{path} is stored as {weight.dtype}, or parametrized")
+            kind = parametrized or f"stored as {weight.dtype}"
+            return Stock("quantised", f"{path} is {kind}")
         if weight.dim() != 3 and weight.numel():
             return Stock("no_3d_weights", f"{path} has shape {tuple(weight.shape)}")
     return None
@@ -305,7 +317,6 @@ def _llama4(block: Any) -> Layout | Stock:
     return Layout(
         spec=ExpertSpec(activation=activation, transposed=True, weight_on_input=True),
         call="llama4_block",
-        peft_swaps=True,
     )
 
 
@@ -322,7 +333,7 @@ def _aria(module: Any) -> Layout | Stock:
 
 def _jetmoe(block: Any) -> Layout | Stock:
     problem = _check_stacks(block, "input_linear.weight", "output_linear.weight")
-    known = _ACTS.get(type(block.activation).__name__)
+    known = _known_act(block.activation)
     if problem is not None or known is None:
         return problem or Stock("unknown_gate", f"activation {block.activation!r}")
     return Layout(
@@ -361,13 +372,37 @@ _STOCK: dict[str, Stock] = {
 }
 
 
+def _has_own_forward(module: nn.Module) -> bool:
+    """The instance's forward was replaced by something other than turnout."""
+    forward = vars(module).get("forward")
+    if forward is None:
+        return False
+    function = getattr(forward, "func", forward)
+    return not getattr(function, "__module__", "").startswith("turnout.")
+
+
 def layout_of(module: nn.Module) -> Layout | Stock | None:
     """How to run an experts module, why it stays stock, or None for any other module."""
     if is_decorated(module):
         return _decorated_layout(module)
     for key in keys_of(module):
         if key in _UNDECORATED:
+            if _has_own_forward(module):
+                return Stock("unknown_layout", "the instance has a forward of another library")
             return _UNDECORATED[key](module)
         if key in _STOCK:
             return _STOCK[key]
     return None
+
+
+def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Layout | Stock]]:
+    """(name, module, layout) of every MoE layer, in model order."""
+    for name, module in list(model.named_modules()):
+        layout = layout_of(module)
+        if layout is not None:
+            yield name, module, layout
+
+
+def stack_holder(module: Any, layout: Layout) -> Any:
+    """The module that holds the stacks and the state: Llama 4 is entered at its block."""
+    return live(module.experts) if layout.call == "llama4_block" else module

@@ -107,9 +107,13 @@ def _add_shared(block: Any, key: str, out: Tensor, x: Tensor) -> Tensor:
         return (out.float() + shared.float()).to(x.dtype)
     out = out + shared.view(out.shape)
     if key == "cohere2_moe.Cohere2MoeSparseMoeBlock":
-        if block.shared_expert_combination_strategy == "average":
-            return out / 2
-    elif key == "axk1.AXK1MoE":
+        strategy = block.shared_expert_combination_strategy
+        if strategy not in ("sum", "average"):
+            raise ValueError(
+                f"shared_expert_combination_strategy is {strategy!r}; expected 'sum' or 'average'"
+            )
+        return out / 2 if strategy == "average" else out
+    if key == "axk1.AXK1MoE":
         return block.post_mlp_layernorm(out)
     return out
 
@@ -126,7 +130,7 @@ def _experts(block: Any, x: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> T
     patched = state_of(tensors)
     state = LayerState(layout) if patched is None else replace(patched, lora={})
     wrapped = block.experts if layout.call == "llama4_block" else holder
-    state.lora.update(_adapters(wrapped, layout))
+    state.lora.update(_adapters(wrapped, tensors, layout))
     if layout.call == "longcat":
         routed = tensors.num_routed_experts
         identity = experts_TK >= routed
@@ -135,15 +139,25 @@ def _experts(block: Any, x: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> T
     return run(tensors, state, x, experts_TK, weights_TK)
 
 
-def _adapters(wrapper: Any, layout: Layout) -> dict[str, Any]:
-    """The factors of the active adapter of each wrapped parameter."""
+def _adapters(wrapper: Any, module: Any, layout: Layout) -> dict[str, Any]:
+    """The factors of the active adapter of each wrapped stack of `module`."""
+    if not layout.fused_lora:
+        heads = (layout.gate_up.partition(".")[0], layout.down.partition(".")[0])
+        if any(hasattr(getattr(module, head), "lora_A") for head in heads):
+            raise Unsupported(
+                f"block_forward does not take an adapter on {' or '.join(heads)} of "
+                f"{type(module).__name__}; run the block itself"
+            )
+        return {}
     found = {}
+    num_experts = getattr(module, layout.down).shape[0]
     while hasattr(wrapper, "base_layer"):
         if not wrapper.disable_adapters and not wrapper.merged:
             active = [a for a in wrapper.active_adapters if a in wrapper.lora_A]
-            if len(active) > 1 or (active and not layout.fused_lora):
+            if len(active) > 1:
                 raise Unsupported(f"adapters {active} on the experts; block_forward takes one")
             for name in active:
-                found[wrapper.parameter_name] = peft.factors(wrapper, name, layout.peft_swaps)
+                lora = peft.factors(wrapper, name, layout)
+                found[wrapper.parameter_name] = peft.for_routed_experts(lora, num_experts)
         wrapper = wrapper.base_layer
     return found

@@ -9,7 +9,7 @@ later. No class of another library is modified, and `model.config` stays as it i
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
 
@@ -18,8 +18,14 @@ from torch.utils.hooks import RemovableHandle
 
 from turnout.experts.gemm import backend_named
 from turnout.integrations import peft
-from turnout.integrations.architectures import Layout, Stock, live
-from turnout.integrations.report import LayerRow, Report, expert_modules
+from turnout.integrations.architectures import (
+    Layout,
+    Stock,
+    expert_modules,
+    live,
+    stack_holder,
+)
+from turnout.integrations.report import Report
 from turnout.integrations.state import ATTRIBUTE, LayerState, state_of
 from turnout.integrations.transformers import FORWARDS, NAME, bind, experts_forward
 from turnout.integrations.versions import check_versions
@@ -61,20 +67,23 @@ def patch(
     check_versions()
     _check_options(model, backend, router, recompute, expert_dropout, routing_cache, tune)
     unpatch(model)
-    rows = []
-    for name, module, layout in expert_modules(model):
-        if isinstance(layout, Layout):
-            state = LayerState(layout, backend, recompute, expert_dropout, patched=True)
-            _patch_module(module, state)
-        rows.append(LayerRow.of(name, module, layout))
-    if not rows:
+    layers = list(expert_modules(model))
+    if not layers:
         raise ValueError(
             f"{type(model).__name__} has no MoE layer that turnout knows; expected a transformers "
             "model with routed experts. docs/support.md lists the architectures"
         )
+    for _, module, layout in layers:
+        if isinstance(layout, Layout):
+            state = LayerState(layout, backend, recompute, expert_dropout, patched=True)
+            _patch_module(module, state)
     _install_root(model)
-    peft.attach(model)
-    return Report(model, rows, backend=backend, router=router, recompute=recompute)
+    try:
+        peft.attach(model)
+    except (ValueError, Unsupported):
+        unpatch(model)
+        raise
+    return Report(model, backend=backend, router=router, recompute=recompute)
 
 
 def _check_options(
@@ -118,7 +127,7 @@ def _patch_module(module: Any, state: LayerState) -> None:
         module.config._experts_implementation = NAME
     elif call == "llama4_block":
         bind(module, FORWARDS[call])
-        module = live(module.experts)
+        module = stack_holder(module, state.layout)
         bind(module, experts_forward)
     else:
         bind(module, FORWARDS[call])
@@ -130,37 +139,53 @@ class _Root:
     """What `patch` leaves on the model it was called on.
 
     Attributes:
-        places: (parent, child name) of every experts module, where PEFT would put its wrapper.
+        layers: the patched modules.
         seen: names of the PEFT configs at the last attach.
-        handle: of the forward pre-hook.
+        handles: of the forward pre-hooks.
     """
 
-    places: list[tuple[nn.Module, str]]
+    layers: list[nn.Module]
     seen: tuple[str, ...] = ()
-    handle: RemovableHandle | None = None
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self.handles:
+            handle.remove()
 
 
 def _install_root(model: nn.Module) -> None:
-    places = []
+    """Hooks for adapters that PEFT adds later: one on the root, one on each experts' parent.
+
+    The root's looks at configs. The parents' attach: PEFT replaces the child of that parent, and a
+    decoder may be called without its root (as losses fused with the head do).
+    """
+    layers = [module for module in model.modules() if state_of(module) is not None]
+    root = _Root(layers)
+    root.handles.append(model.register_forward_pre_hook(partial(_look_at_configs, root)))
     for module in model.modules():
         for child, inner in module.named_children():
             if state_of(live(inner)) is not None and child != "base_layer":
-                places.append((module, child))
-    root = _Root(places)
-    root.handle = model.register_forward_pre_hook(partial(_attach_before_forward, root))
+                hook = partial(_attach_child, child)
+                root.handles.append(module.register_forward_pre_hook(hook))
     vars(model)[_ROOT] = root
 
 
-def _attach_before_forward(root: _Root, model: nn.Module, args: Any) -> None:
-    """Root forward pre-hook: attach what PEFT has wrapped since; a few dict look-ups otherwise."""
+def _look_at_configs(root: _Root, model: nn.Module, args: Any) -> None:
+    """Root forward pre-hook: new PEFT configs are attached and checked; else two look-ups."""
     names = tuple(vars(model).get("peft_config", ()))
-    stale = names != root.seen
-    for parent, child in root.places:
-        wrapper = parent.get_submodule(child)
-        stale = stale or ("lora_A" in wrapper._modules and "_activate_lora" not in vars(wrapper))
-    if stale:
-        root.seen = names
+    if names == root.seen:
+        return
+    if any(state_of(module) is not None for module in root.layers):
         peft.attach(model)
+    root.seen = names
+
+
+def _attach_child(child: str, parent: nn.Module, args: Any) -> None:
+    """Forward pre-hook of the experts' parent: one look-up unless PEFT has wrapped the child."""
+    wrapper: Any = parent._modules[child]
+    if "lora_A" in wrapper._modules and "_activate_lora" not in vars(wrapper):
+        peft.attach_chain(wrapper)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -177,7 +202,7 @@ def unpatch(model: nn.Module) -> None:
             del module.forward
         root = vars(module).pop(_ROOT, None)
         if root is not None:
-            root.handle.remove()
+            root.remove()
 
 
 def lora_targets(model: nn.Module) -> list[str]:

@@ -4,7 +4,7 @@ PEFT wraps one parameter of the experts module in one `ParamWrapper`; its forwar
 `_activate_lora`, which folds W + scaling * B @ A into a full copy of the stack. `attach` gives each
 wrapper *instance* an `_activate_lora` that puts (A, B, scaling) on the experts module for the time
 of the call. PEFT's own checks (disabled, merged, mixed batches) run before it and stay in charge;
-what the fused path can not express goes through PEFT's own method, and the layer's state says so.
+what the fused path can not express goes through PEFT's own method, and the report says so.
 
 PEFT (0.19.1 and later) stores, for a stack used as (E, out, in): A (E*R, in), rows of one expert
 together; B (out, R*E), column j*E + e. As views: a (E, R, in), b (out, R, E).
@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,12 +24,20 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from turnout.experts.weights import Lora
-from turnout.integrations.architectures import get_path, live
-from turnout.integrations.routers import is_router
+from turnout.integrations.architectures import (
+    Layout,
+    Stock,
+    expert_modules,
+    foreign_parametrization,
+    get_path,
+    live,
+    stack_holder,
+)
+from turnout.integrations.routers import adapted_router
 from turnout.integrations.state import LayerState, state_of
 from turnout.specs import Unsupported
 
-_WARNED = "_turnout_router_warned"
+WARNED = "_turnout_router_warned"
 _EXPERT_NAMES = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")
 
 
@@ -38,47 +47,50 @@ def _param_wrapper() -> type | None:
     return None if layer is None else getattr(layer, "ParamWrapper", None)  # since PEFT 0.17
 
 
-def _owner(model: nn.Module) -> dict[int, LayerState]:
-    """State by id of every module that holds expert stacks: the experts module or one below it."""
-    owners = {}
-    for module in model.modules():
-        state = state_of(module)
-        if state is not None:
-            for path in (state.layout.gate_up, state.layout.down):
-                head, _, tail = path.partition(".")
-                owners[id(live(getattr(module, head)) if tail else module)] = state
-    return owners
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """A `ParamWrapper` on a parameter of an experts module; `owner` is that module's layout."""
+
+    name: str
+    wrapper: Any
+    owner: Layout | Stock
 
 
-def expert_wrappers(model: nn.Module) -> list[tuple[str, Any, LayerState]]:
-    """(name, wrapper, state) of every adapter on a stack of a patched experts module."""
+def adapted_stacks(model: nn.Module) -> list[Adapted]:
+    """Every adapter on an expert stack, fused or not."""
     cls = _param_wrapper()
     if cls is None:
         return []
-    owners = _owner(model)
+    owners: dict[int, Layout | Stock] = {}
+    for _, module, layout in expert_modules(model):
+        holder = stack_holder(module, layout) if isinstance(layout, Layout) else module
+        for inner in (holder, *map(live, holder.children())):
+            owners[id(inner)] = layout
     found = []
     for name, module in model.named_modules():
         if isinstance(module, cls):
             wrapper: Any = module
-            state = owners.get(id(wrapper.get_base_layer()))
-            if state is not None and wrapper.parameter_name in _stack_names(state):
-                found.append((name, wrapper, state))
+            owner = owners.get(id(wrapper.get_base_layer()))
+            if owner is not None and _is_stack(wrapper.parameter_name, owner):
+                found.append(Adapted(name, wrapper, owner))
     return found
 
 
-def _stack_names(state: LayerState) -> set[str]:
-    return {path.rpartition(".")[2] for path in (state.layout.gate_up, state.layout.down)}
+def _is_stack(parameter: str, owner: Layout | Stock) -> bool:
+    if isinstance(owner, Stock):
+        return True
+    return parameter in {path.rpartition(".")[2] for path in (owner.gate_up, owner.down)}
 
 
 def adapter_paths(model: nn.Module) -> dict[str, str]:
     """What the next forward does with each adapted expert parameter, by wrapper and parameter."""
     return {
-        f"{name} ({wrapper.parameter_name})": _path(wrapper, state)
-        for name, wrapper, state in expert_wrappers(model)
+        f"{found.name} ({found.wrapper.parameter_name})": _path(found.wrapper, found.owner)
+        for found in adapted_stacks(model)
     }
 
 
-def _path(wrapper: Any, state: LayerState) -> str:
+def _path(wrapper: Any, owner: Layout | Stock) -> str:
     adapters = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
     if wrapper.merged:
         return "merged into the weights by PEFT"
@@ -86,7 +98,7 @@ def _path(wrapper: Any, state: LayerState) -> str:
         return "disabled by PEFT"
     if not adapters:
         return "no active adapter"
-    reason = _not_fused(wrapper, adapters, state)
+    reason = _not_fused(wrapper, adapters, owner)
     if reason is not None:
         return f"PEFT's own fold: {reason}"
     return f"fused: adapter {adapters[0]!r}, rank {wrapper.r[adapters[0]]}"
@@ -97,53 +109,80 @@ def attach(model: nn.Module) -> None:
 
     Raises:
         ValueError: adapters on the experts were asked for and none is there.
+        Unsupported: an adapter on a stack that carries another parametrization.
     """
-    found = expert_wrappers(model)
-    for _, wrapper, state in found:
-        if state.layout.fused_lora and "_activate_lora" not in vars(wrapper):
-            wrapper._activate_lora = partial(_activate, wrapper)
-    if found:
-        warn_about_router(model)
-    else:
+    found = adapted_stacks(model)
+    for one in found:
+        _refuse_parametrized(one.wrapper.get_base_layer(), one.wrapper.parameter_name)
+        attach_chain(one.wrapper)
+    _warn_about_router(model)
+    if not found:
         _check_asked(model)
+
+
+def attach_chain(wrapper: Any) -> None:
+    """Give a wrapper, and those nested in it, the fused path where it applies."""
+    state = state_of(live(wrapper))
+    while "lora_A" in wrapper._modules:
+        if state is not None and state.layout.fused_lora and "_activate_lora" not in vars(wrapper):
+            wrapper._activate_lora = partial(_activate, wrapper)
+        wrapper = wrapper.base_layer
 
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`."""
     for module in model.modules():
         vars(module).pop("_activate_lora", None)
-    vars(model).pop(_WARNED, None)
+        vars(module).pop(WARNED, None)
 
 
-def factors(wrapper: Any, adapter: str, swapped: bool) -> Lora:
-    """One adapter's A and B as views in the form of `Lora`; gradients reach PEFT's parameters."""
+def factors(wrapper: Any, adapter: str, layout: Layout) -> Lora:
+    """One adapter's A and B as views in the form of `Lora`; gradients reach PEFT's parameters.
+
+    PEFT swaps the roles of the last two dims unless the module declares `is_transposed`. Where that
+    does not fit the storage (Llama 4 stores (E, in, out) and declares nothing), its A touches the
+    output and its B the input, so the factors change places.
+    """
     a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
     experts = wrapper.num_experts
     a_ERI, b_ORE = a.view(experts, -1, a.shape[-1]), b.view(b.shape[0], -1, experts)
-    if swapped:
+    if wrapper._did_swap_in_out_features == layout.spec.transposed:
         a_ERI, b_ORE = b_ORE.permute(2, 1, 0), a_ERI.permute(2, 1, 0)
     return Lora(a_ERI, b_ORE, float(wrapper.scaling[adapter]))
 
 
-def _for_routed_experts(lora: Lora, num_experts: int) -> Lora:
+def for_routed_experts(lora: Lora, num_experts: int) -> Lora:
     """Without the rows of experts that have no weights (LongCat's identity experts)."""
     if lora.a_ERI.shape[0] == num_experts:
         return lora
     return Lora(lora.a_ERI[:num_experts], lora.b_ORE[:, :, :num_experts], lora.scaling)
 
 
-def _not_fused(wrapper: Any, adapters: list[str], state: LayerState) -> str | None:
+def _not_fused(wrapper: Any, adapters: list[str], owner: Layout | Stock) -> str | None:
     """Why PEFT's own method has to run, or None."""
-    base = wrapper.get_base_layer()
-    if not state.patched:
-        return "the model is not patched"
-    if not state.layout.fused_lora:
+    if isinstance(owner, Stock):
+        return f"the layer stays stock ({owner.reason})"
+    if not owner.fused_lora:
         return "this architecture keeps each stack in a module of its own"
+    base = wrapper.get_base_layer()
+    state = state_of(base)
+    if state is None or not state.patched:
+        return "the model is not patched"
     if len(adapters) > 1:
-        return f"{len(adapters)} adapters are active"
-    if state.layout.call == "interface" and base.config._experts_implementation != "turnout":
+        dropped = ", expert_dropout is not applied" if state.expert_dropout else ""
+        return f"{len(adapters)} adapters are active{dropped}"
+    if owner.call == "interface" and base.config._experts_implementation != "turnout":
         return f"experts_implementation is {base.config._experts_implementation!r}"
     return None
+
+
+def _refuse_parametrized(base: nn.Module, name: str) -> None:
+    found = foreign_parametrization(base, name)
+    if found:
+        raise Unsupported(
+            f"{name} of {type(base).__name__} carries a parametrization ({found}) and a LoRA "
+            "adapter; PEFT adds the delta again at each forward there. Load it in bfloat16"
+        )
 
 
 @contextmanager
@@ -151,19 +190,16 @@ def _activate(wrapper: Any, active_adapters: list[str]) -> Iterator[None]:
     """In place of `ParamWrapper._activate_lora`: deposit the factors, fold nothing."""
     adapters = [name for name in (active_adapters or []) if name in wrapper.lora_A]
     base, name = wrapper.get_base_layer(), wrapper.parameter_name
-    state = state_of(base)
-    if not adapters or state is None or _not_fused(wrapper, adapters, state) is not None:
+    state: LayerState | None = state_of(base)
+    if not adapters or state is None or _not_fused(wrapper, adapters, state.layout) is not None:
         with type(wrapper)._activate_lora(wrapper, active_adapters):
             yield
         return
     if parametrize.is_parametrized(base, name):
-        raise Unsupported(
-            f"{name} of {type(base).__name__} carries a parametrization (quantised?) and a LoRA "
-            "adapter; PEFT adds the delta again at each forward there. Load it in bfloat16"
-        )
-    lora = factors(wrapper, adapters[0], state.layout.peft_swaps)
+        _refuse_parametrized(base, name)
+    lora = factors(wrapper, adapters[0], state.layout)
     num_experts = get_path(base, state.layout.down).shape[0]
-    state.lora[name] = _for_routed_experts(lora, num_experts)
+    state.lora[name] = for_routed_experts(lora, num_experts)
     state.lora_read = False
     try:
         yield
@@ -195,28 +231,27 @@ def _check_asked(model: nn.Module) -> None:
                 f"adapter {name!r} asks for {asked} but no expert parameter of a patched layer is "
                 "adapted; expected target_parameters=turnout.lora_targets(model)"
             )
-        modules = getattr(config, "target_modules", None) or []  # a set, a list or a regex
-        named = [] if isinstance(modules, str) else [m for m in modules if m in _EXPERT_NAMES]
+        leaves = {n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "lora_A")}
+        named = sorted(leaves.intersection(_EXPERT_NAMES))
         if named:
             warnings.warn(
-                f"adapter {name!r} names {sorted(named)} in target_modules, which adapts shared or "
-                "dense MLPs only: no routed expert is adapted. For the experts, pass "
-                "target_parameters=turnout.lora_targets(model)",
+                f"adapter {name!r} adapts {named} of shared or dense MLPs only: no routed expert "
+                "is adapted. For the experts, pass target_parameters=turnout.lora_targets(model)",
                 stacklevel=2,
             )
 
 
-def warn_about_router(model: nn.Module) -> None:
+def _warn_about_router(model: nn.Module) -> None:
     """One warning per model when an adapter sits on a router; `all-linear` puts it there."""
-    if vars(model).get(_WARNED):
+    if any(WARNED in vars(module) for module in model.modules()):
         return
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and is_router(module.get_base_layer(), name):
-            vars(model)[_WARNED] = True
-            warnings.warn(
-                f"the router {name} is adapted. target_modules='all-linear' does that; if it is "
-                "not meant, pass target_parameters=turnout.lora_targets(model) and name the "
-                "attention modules in target_modules",
-                stacklevel=2,
-            )
-            return
+    name = adapted_router(model)
+    if name is None:
+        return
+    vars(model)[WARNED] = True
+    warnings.warn(
+        f"the router {name} is adapted. target_modules='all-linear' does that; if it is not meant, "
+        "pass target_parameters=turnout.lora_targets(model) and name the attention modules in "
+        "target_modules",
+        stacklevel=2,
+    )

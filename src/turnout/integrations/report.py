@@ -6,7 +6,6 @@ Nothing is stored that could go stale: adapters and paths are read off the model
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,19 +17,13 @@ from turnout.integrations import peft
 from turnout.integrations.architectures import (
     Layout,
     Stock,
+    expert_modules,
     get_path,
-    layout_of,
     live,
+    stack_holder,
 )
+from turnout.integrations.state import state_of
 from turnout.specs import Unsupported
-
-
-def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Layout | Stock]]:
-    """(name, module, layout) of every MoE layer, in model order."""
-    for name, module in list(model.named_modules()):
-        layout = layout_of(module)
-        if layout is not None:
-            yield name, module, layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +44,7 @@ class LayerRow:
 
     @classmethod
     def of(cls, name: str, module: nn.Module, layout: Layout | Stock) -> LayerRow:
-        """The row of a module that `patch` looked at."""
+        """The row of one experts module as it is now."""
         kind = type(module).__name__
         if isinstance(layout, Stock):
             return cls(
@@ -61,17 +54,19 @@ class LayerRow:
                 reason=layout.reason,
                 detail=layout.detail,
             )
-        if layout.call == "llama4_block":
-            module = live(module.experts)
-        down = _parameter(module, layout.down)
+        holder = stack_holder(module, layout)
+        down = _parameter(holder, layout.down)
         outer, inner = (2, 1) if layout.spec.transposed else (1, 2)
+        known = down.dim() == 3
+        patched = state_of(holder) is not None
         return cls(
             name=name,
             experts_class=kind,
-            status="fused",
-            num_experts=down.shape[0],
-            hidden=down.shape[outer],
-            intermediate=down.shape[inner],
+            status="fused" if patched else "unpatched",
+            detail="" if patched else "turnout.unpatch was called",
+            num_experts=down.shape[0] if known else None,
+            hidden=down.shape[outer] if known else None,
+            intermediate=down.shape[inner] if known else None,
             dtype=str(down.dtype).removeprefix("torch."),
             activation=_describe(layout),
             frozen=not down.requires_grad,
@@ -98,14 +93,26 @@ def _describe(layout: Layout) -> str:
 class Report:
     """What runs where. `print` it, `.to_dict()` it, or `.require("fused")`."""
 
-    def __init__(
-        self, model: nn.Module, layers: list[LayerRow], *, backend: str, router: str, recompute: str
-    ) -> None:
+    def __init__(self, model: nn.Module, *, backend: str, router: str, recompute: str) -> None:
         self._model = model
-        self.layers = tuple(layers)
         self.backend = backend
         self.router = router
         self.recompute = recompute
+
+    @property
+    def layers(self) -> tuple[LayerRow, ...]:
+        """One row per MoE layer as it is now; of `modules_to_save` copies only the live one."""
+        idle = set()
+        for child in self._model.modules():
+            module: Any = child
+            if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+                copies = {id(module.original_module), *map(id, module.modules_to_save.values())}
+                idle |= copies - {id(live(module))}
+        return tuple(
+            LayerRow.of(name, module, layout)
+            for name, module, layout in expert_modules(self._model)
+            if id(module) not in idle
+        )
 
     @property
     def counts(self) -> dict[str, int]:
@@ -126,7 +133,11 @@ class Report:
         """
         if status != "fused":
             raise ValueError(f"require takes 'fused'; got {status!r}")
-        problems = [f"{r.name}: {r.reason} ({r.detail})" for r in self.layers if r.status != status]
+        problems = [
+            f"{row.name}: {row.reason or row.status} ({row.detail})"
+            for row in self.layers
+            if row.status != status
+        ]
         problems += [
             f"{name}: {path}" for name, path in self.adapters.items() if not path.startswith(status)
         ]
@@ -153,7 +164,8 @@ class Report:
         )
         for (row, count), first in self._grouped():
             sizes = [str(v or "") for v in (row.num_experts, row.hidden, row.intermediate)]
-            status = row.status if row.status == "fused" else f"stock: {row.reason} ({row.detail})"
+            why = " ".join(filter(None, (row.reason, f"({row.detail})" if row.detail else "")))
+            status = f"{row.status}: {why}" if why else row.status
             table.add_row(
                 f"{count} x {first}", row.experts_class, *sizes, row.dtype, row.activation, status
             )

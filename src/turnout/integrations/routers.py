@@ -377,7 +377,6 @@ _MODELS_OWN = {
     "nllb_moe.NllbMoeTop2Router": "top-2 with capacity and dropped tokens",
     "doge.DogeCDMoE": "product keys",
 }
-_LINEAR_ROUTERS = ("router", "router.proj", "router.layer", "router.gate", "router.classifier")
 
 
 def router_of(block: Any) -> Any:
@@ -386,7 +385,7 @@ def router_of(block: Any) -> Any:
     Raises:
         ValueError: the block has neither `gate` nor `router`.
     """
-    for name in ("gate", "router"):
+    for name in ("gate", "router", "router_gate"):
         router = getattr(block, name, None)
         if router is not None:
             return router
@@ -407,7 +406,7 @@ def _rule(block: Any) -> Rule:
     if rule is not None:
         return rule
     router = live(router_of(block))
-    for key in keys_of(router):
+    for key in [*keys_of(router), *keys_of(block)]:
         if key in _MODELS_OWN:
             raise Unsupported(
                 f"{type(router).__name__} keeps the model's own router: {_MODELS_OWN[key]}"
@@ -459,12 +458,15 @@ def router_logits(block: Any, x_TH: Tensor) -> Tensor:
         return router.proj(x)
     if kind == "classifier32":
         classifier = router.classifier
-        return F.linear(x_TH.float(), live(classifier).weight.float()) + _lora(classifier, x_TH)
+        # the model reads the weight itself, so an adapter on the classifier has no effect there
+        return F.linear(x_TH.float(), live(classifier).weight.float())
     if kind == "wg":
         wide = live(router.wg).weight.dtype == torch.float32
         return router.wg(x_TH.float() if wide else x_TH)
     if kind in ("layer", "gate"):
         return getattr(router, kind)(x_TH)
+    if kind == "self" and type(router) is nn.Linear:
+        return outer(x_TH)
     bias = getattr(router, "bias", None)  # only some routers have one
     if kind == "float32":
         bias = None if bias is None else bias.float()
@@ -505,8 +507,19 @@ def own_router(model: nn.Module) -> str:
     return ""
 
 
-def is_router(module: nn.Module, name: str) -> bool:
-    """The module is a router of a known class, or the Linear inside one."""
-    if any(key in _RULES or key in _MODELS_OWN for key in keys_of(module)):
-        return True
-    return isinstance(module, nn.Linear) and name.endswith(_LINEAR_ROUTERS)
+def is_router(module: nn.Module) -> bool:
+    """The module is a router of a class that turnout knows."""
+    return any(key in _RULES or key in _MODELS_OWN for key in keys_of(module))
+
+
+def adapted_router(model: nn.Module) -> str | None:
+    """The name of a router that carries an adapter, itself or in a module inside it, or None."""
+    for name, module in model.named_modules():
+        parts: list[nn.Module] = []
+        if is_router(live(module)):
+            parts = [module]
+        elif any(key in _BLOCK_RULES for key in keys_of(module)):
+            parts = [router_of(module)]
+        if any(hasattr(inner, "lora_A") for part in parts for inner in part.modules()):
+            return name
+    return None

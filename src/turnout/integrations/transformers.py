@@ -8,6 +8,7 @@ and the architectures that transformers' interface does not reach).
 from __future__ import annotations
 
 import warnings
+import weakref
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,6 +41,8 @@ def experts_forward(
         Unsupported: an unknown layout or gate, quantised, DTensor or ZeRO-3 weights.
     """
     state = state_of(module) or _register(module)
+    if not state.patched and parametrize.is_parametrized(module):
+        _warn_of_fold(module)
     return run(module, state, hidden_states, top_k_index, top_k_weights)
 
 
@@ -106,16 +109,25 @@ def _register(module: nn.Module) -> LayerState:
             f"{type(module).__name__} can not run with experts_implementation='turnout': {reason}. "
             "Use turnout.patch(model), which leaves such layers stock, or 'grouped_mm'"
         )
-    if parametrize.is_parametrized(module):
-        warnings.warn(
-            "LoRA on the experts is applied by PEFT's own fold, which builds a full copy of every "
-            "expert stack, because experts_implementation='turnout' was set without "
-            "turnout.patch(model). Call turnout.patch(model) to fuse it",
-            stacklevel=2,
-        )
     state = LayerState(layout=layout)
     vars(module)[ATTRIBUTE] = state
     return state
+
+
+_warned: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def _warn_of_fold(module: Any) -> None:
+    """One warning per model; the layers of a model share its config."""
+    if id(module.config) in _warned:
+        return
+    _warned[id(module.config)] = module.config
+    warnings.warn(
+        "LoRA on the experts is applied by PEFT's own fold, which builds a full copy of every "
+        "expert stack, because experts_implementation='turnout' was set without "
+        "turnout.patch(model). Call turnout.patch(model) to fuse it",
+        stacklevel=2,
+    )
 
 
 def longcat_forward(

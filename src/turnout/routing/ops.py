@@ -98,10 +98,14 @@ def _check(
         ("scale", scale),
         ("experts_TK", experts),
     ):
-        if tensor is not None and tensor.device != logits.device:
+        if tensor is None:
+            continue
+        if tensor.device != logits.device:
             raise ValueError(
                 f"{name} is on {tensor.device}; expected {logits.device} as the logits"
             )
+        if tensor is not experts and not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}; expected a float dtype")
     if experts is not None:
         _check_given(experts, logits.shape[0], num_experts, spec)
 

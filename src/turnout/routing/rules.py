@@ -2,8 +2,8 @@
 
 Every rule of `turnout.RouteSpec` is three steps: score, select, weigh. The choice is made under
 `no_grad` on bias-corrected, group-masked scores; the weights are made of the uncorrected scores, so
-the correction bias gets no gradient. When no bias and no groups are given the choice is made on the
-logits themselves: every score is increasing in its logit, and logits do not saturate.
+the correction bias gets no gradient. Softmax without bias and groups chooses on the logits
+themselves, so it is also topk, then softmax (gpt-oss), whatever the dtype.
 
 Legend: T tokens, K experts per token, E selectable experts, A always-on experts (logits are
 (T, E + A)), S = T*K.
@@ -64,8 +64,8 @@ def top_indices(values: Tensor, k: int) -> Tensor:
 
 @torch.no_grad()
 def choice(z_TE: Tensor, s_TE: Tensor, spec: RouteSpec, bias_E: Tensor | None) -> Tensor:
-    """(T, E) values whose top-k is chosen: mask(s + bias), or the logits themselves."""
-    if bias_E is None and spec.n_group == 1:
+    """(T, E) values whose top-k is chosen: mask(s + bias), or for plain softmax the logits."""
+    if bias_E is None and spec.n_group == 1 and spec.score == "softmax":
         return z_TE
     values = s_TE if bias_E is None else s_TE + bias_E
     return _mask_groups(values, spec) if spec.n_group > 1 else values
@@ -133,7 +133,7 @@ def route(
     else:
         experts_TK = experts_TK.long()
     weights, always = weigh(z_TE, s_TE, z_TA, s_TA, experts_TK, spec)
-    factor = spec.scale if scale is None else spec.scale * scale
+    factor = spec.scale if scale is None else spec.scale * scale.reshape(())
     weights, always = weights * factor, always * factor
     if expert_scale_E is not None:
         weights = weights * expert_scale_E[experts_TK]

@@ -15,9 +15,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from turnout.integrations.architectures import Layout
+from turnout.integrations.architectures import Layout, expert_modules
 from turnout.integrations.patching import lora_targets, patch, unpatch
-from turnout.integrations.report import Report, expert_modules
+from turnout.integrations.report import Report
 from turnout.verify.tiny import out_tensor
 
 Inputs = dict[str, Tensor]

@@ -19,8 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from turnout._version import __version__
-from turnout.integrations.architectures import Stock
-from turnout.integrations.report import expert_modules
+from turnout.integrations.architectures import Stock, expert_modules
 from turnout.integrations.routers import own_router
 from turnout.integrations.versions import check_versions
 from turnout.verify import checks, routing, tiny
