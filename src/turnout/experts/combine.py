@@ -19,6 +19,8 @@ from turnout.ragged import Ragged
 def combine(y_SH: Tensor, ragged: Ragged, weights_TK: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(S, H) rows to (T, H) tokens in `dtype`; None stands for unit weights."""
     tokens, top_k = ragged.row_TK.shape
+    if ragged.tiles is not None and dtype != torch.float64:
+        return _launch_combine(y_SH, ragged, weights_TK, dtype)
     wide = torch.promote_types(y_SH.dtype, torch.float32)
     kept_TK = ragged.kept_TK
     out = y_SH.new_zeros(tokens, y_SH.shape[1], dtype=wide)
@@ -30,6 +32,31 @@ def combine(y_SH: Tensor, ragged: Ragged, weights_TK: Tensor | None, dtype: torc
             rows = rows * weights_TK[:, k, None].to(wide)
         out += rows.masked_fill_(~kept_TK[:, k, None], 0)
     return out.to(dtype)
+
+
+def _launch_combine(
+    y_SH: Tensor, ragged: Ragged, weights_TK: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    from turnout.experts.triton_kernels import combine_kernel
+
+    (tokens, top_k), hidden = ragged.row_TK.shape, y_SH.shape[1]
+    out = y_SH.new_empty(tokens, hidden, dtype=dtype)
+    block = min(2048, 1 << max(0, hidden - 1).bit_length())
+    with torch.cuda.device_of(y_SH):
+        combine_kernel[(tokens, -(-hidden // block))](
+            y_SH,
+            ragged.row_TK,
+            None if weights_TK is None else weights_TK.contiguous(),
+            ragged.offsets,
+            out,
+            hidden,
+            ragged.num_experts,
+            TOP_K=top_k,
+            HAS_WEIGHT=weights_TK is not None,
+            BLOCK_H=block,
+            num_warps=4 if block <= 1024 else 8,
+        )
+    return out
 
 
 def row_dots(a_SH: Tensor, b_TH: Tensor, ragged: Ragged) -> Tensor:

@@ -32,9 +32,9 @@ def act(x: Tensor, activation: Activation) -> Tensor:
     if name == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
     if name == "relu":
-        return x.clamp(min=0)
+        return x.relu()
     if name == "relu2":
-        return x.clamp(min=0).square()
+        return x.relu().square()
     return x
 
 

@@ -6,7 +6,8 @@ Two shapes of work, both over rows sorted by expert (`turnout.ragged.Ragged`):
     grouped_gram   out[e]   = scale * sum over the rows of e of a[row]^T b[row]
 
 A back end is a module with `NAME`, `rejects(problem, device) -> str | None`, `launch_rows` (ragged
-on M) and `launch_gram` (ragged on K); two launches because their operands differ. `BACKENDS` is in
+on M), `launch_gram` (ragged on K; two launches because their operands differ) and
+`adapter_intermediate`, which says how it keeps x A^T. `BACKENDS` is in
 order of preference; the choice is a pure function, and nothing is tried and caught.
 
 Legend: S rows, T tokens, E experts, N and K output and contracted width, R LoRA rank.
@@ -20,12 +21,12 @@ import torch
 from torch import Tensor
 
 from turnout.device import Device, device_of
-from turnout.experts import gemm_torch
+from turnout.experts import gemm_torch, gemm_triton
 from turnout.experts.operands import Activate, ActivateBackward, Operand, RowsOut, Tail
 from turnout.ragged import Ragged
 from turnout.specs import GemmProblem, Unsupported
 
-BACKENDS: tuple[ModuleType, ...] = (gemm_torch,)
+BACKENDS: tuple[ModuleType, ...] = (gemm_triton, gemm_torch)
 
 
 def backend_named(name: str) -> ModuleType:
@@ -63,6 +64,25 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def adapter_intermediate(
+    rank: int, adapter: torch.dtype, dtype: torch.dtype, device: torch.device, backend: str
+) -> tuple[int, torch.dtype]:
+    """Width and dtype of x A^T as the chosen back end keeps it."""
+    problem = GemmProblem(
+        ragged="m",
+        rows=1,
+        experts=1,
+        n=rank,
+        k=1,
+        dtype=_name(dtype),
+        weight_dtype=_name(adapter),
+        narrow=True,
+    )
+    module = select(problem, device_of(device), backend)
+    found: tuple[int, torch.dtype] = module.adapter_intermediate(rank, adapter, dtype)
+    return found
+
+
 def grouped_gemm(
     a: Operand,
     w_ENK: Tensor,
@@ -72,6 +92,7 @@ def grouped_gemm(
     bias_EN: Tensor | None = None,
     tail: Tail | None = None,
     epilogue: Activate | ActivateBackward | None = None,
+    narrow: bool = False,
     backend: str = "auto",
 ) -> RowsOut:
     """out[row] = epilogue(a[row] @ w[e]^T + bias[e] + tail), rows of expert e times weight of e.
@@ -84,6 +105,7 @@ def grouped_gemm(
         bias_EN: (E, N).
         tail: the adapter's second factor.
         epilogue: an activation or its backward; None stores the sum.
+        narrow: the product is an adapter's intermediate; the back end may pad its width with zeros.
 
     Returns:
         `RowsOut`; rows that were dropped are zero.
@@ -103,6 +125,7 @@ def grouped_gemm(
         weight_k_major=w_ENK.stride(2) == 1,
         bias=bias_EN is not None,
         dropout=a.dropout is not None or (tail is not None and tail.dropout is not None),
+        narrow=narrow,
     )
     module = select(problem, device_of(w_ENK.device), backend)
     out: RowsOut = module.launch_rows(problem, a, w_ENK, ragged, dtype, bias_EN, tail, epilogue)

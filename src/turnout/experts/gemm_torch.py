@@ -24,6 +24,13 @@ def rejects(problem: GemmProblem, device: Device) -> str | None:
     return None
 
 
+def adapter_intermediate(
+    rank: int, adapter: torch.dtype, dtype: torch.dtype
+) -> tuple[int, torch.dtype]:
+    """Adapters are computed in the wider of their own dtype and the activations'."""
+    return rank, torch.promote_types(adapter, dtype)
+
+
 def _read(a: Operand, ragged: Ragged, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """The operand's rows first..last in `dtype`, gathered, weighted and masked."""
     rows = a.rows[first:last] if a.gather_S is None else a.rows[a.gather_S[first:last]]
@@ -36,13 +43,13 @@ def _read(a: Operand, ragged: Ragged, first: int, last: int, dtype: torch.dtype)
 
 
 def _product(a_e: Tensor, w_NK: Tensor, wide: torch.dtype) -> Tensor:
-    """a @ w^T in a's dtype; float16 and bfloat16 are summed and returned in float32."""
+    """a @ w^T in a's dtype, widened: PyTorch rounds float16 and bfloat16 products once."""
     return (a_e @ w_NK.to(a_e.dtype).T).to(wide)
 
 
 def _add_tail(sum_SN: Tensor, tail: Tail, ragged: Ragged, e: int, first: int, last: int) -> Tensor:
     b = tail.b_ENR[e]
-    update = tail.xa_SR[first:last].to(b.dtype) @ b.T
+    update = tail.xa_SR[first:last] @ b.T.to(tail.xa_SR.dtype)
     if tail.dropout is not None:
         slots = ragged.slot_S[first:last]
         update = update * mask(tail.dropout, slots, update.shape[1], update.dtype)
@@ -135,5 +142,6 @@ def launch_gram(
     for e, first, last in ragged.segments():
         a_e = _read(a, ragged, first, last, dtype)
         b_e = _read(b, ragged, first, last, dtype)
-        product = a_e.T @ b_e
+        # a matrix product with one column would add the rows one after the other
+        product = (a_e * b_e).sum(0)[:, None] if problem.k == 1 else a_e.T @ b_e
         out_ENK[e] = product if scale == 1.0 else product * scale

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from turnout.experts import passes
 from turnout.experts.dropout import draw_seed
+from turnout.experts.gemm import adapter_intermediate
 from turnout.experts.weights import (
     Dims,
     ExpertWeights,
@@ -28,7 +29,7 @@ from turnout.experts.weights import (
     check_weights,
 )
 from turnout.library import kernel_op
-from turnout.ragged import Ragged
+from turnout.ragged import Ragged, num_tiles, tile_rows_of
 from turnout.specs import (
     Activation,
     BackendName,
@@ -106,22 +107,28 @@ def _or_none(tensor: Tensor, present: bool) -> Tensor | None:
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     x, experts, _, gate_up = args[:4]
-    spec, recompute, _, dtype = _decode(args[12])
+    spec, recompute, backend, dtype = _decode(args[12])
     keep = args[16]
     rows, num_experts = experts.numel(), gate_up.shape[0]
+    tiles = 0
+    if experts.is_cuda:
+        tiles = num_tiles(rows, num_experts, tile_rows_of(rows, num_experts))
     width = gate_up.shape[2] if spec.transposed else gate_up.shape[1]
 
     def narrow(a: Tensor | None) -> Tensor:
         if a is None:
             return x.new_empty(0)
-        return x.new_empty(rows, a.shape[1], dtype=torch.promote_types(a.dtype, dtype))
+        width, kept = adapter_intermediate(a.shape[1], a.dtype, dtype, x.device, backend)
+        return x.new_empty(rows, width, dtype=kept)
 
     has_z = keep and recompute != "gate_up"
     return (
-        torch.empty_like(x),
+        x.new_empty(x.shape),
         experts.new_empty(rows, dtype=torch.int64),
         experts.new_empty(experts.shape, dtype=torch.int64),
+        experts.new_empty(rows, dtype=torch.int64),
         experts.new_empty(num_experts + 1, dtype=torch.int32),
+        experts.new_empty(2 if tiles else 0, tiles, dtype=torch.int32),
         x.new_empty(rows, width, dtype=dtype) if has_z else x.new_empty(0),
         narrow(args[7]),
         narrow(args[9]),
@@ -130,19 +137,22 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 @kernel_op(
     "expert_mlp_forward",
-    f"({_TENSORS}{_OPTIONS}, bool keep) -> ({', '.join(['Tensor'] * 7)})",
+    f"({_TENSORS}{_OPTIONS}, bool keep) -> ({', '.join(['Tensor'] * 9)})",
     _forward_fake,
 )
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     x, experts, weights_TK = args[:3]
     job = _job(args[3:12], args[12:16])
-    out, saved = passes.forward(job, x, experts, weights_TK, keep=args[16])
+    with torch.autocast(x.device.type, enabled=False):
+        out, saved = passes.forward(job, x, experts, weights_TK, keep=args[16])
     ragged = saved.ragged
     return (
         out,
         ragged.slot_S,
         ragged.row_TK,
+        ragged.token_S,
         ragged.offsets,
+        x.new_empty(0, 0, dtype=torch.int32) if ragged.tiles is None else ragged.tiles,
         _or_empty(saved.z_SG, x),
         _or_empty(saved.xa_up_SR, x),
         _or_empty(saved.xa_down_SR, x),
@@ -150,9 +160,13 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_fake(dout: Tensor, slot: Tensor, row: Tensor, *args: Any) -> list[Tensor]:
-    needs, inputs = args[-1], args[4:]
+    needs, inputs = args[-1], args[6:]
     named = zip(_DIFFERENTIABLE, _differentiable(inputs), needs, strict=True)
-    return [torch.empty_like(tensor) for _, tensor, need in named if need and tensor is not None]
+    return [
+        tensor.new_empty(tensor.shape) if name in ("x", "weights_TK") else torch.empty_like(tensor)
+        for name, tensor, need in named
+        if need and tensor is not None
+    ]
 
 
 def _differentiable(inputs: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
@@ -163,22 +177,30 @@ def _differentiable(inputs: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
 
 @kernel_op(
     "expert_mlp_backward",
-    f"(Tensor dout, Tensor slot, Tensor row, Tensor offsets, Tensor z, Tensor xa_up, "
-    f"Tensor xa_down, {_TENSORS}{_OPTIONS}, bool[] needs) -> Tensor[]",
+    "(Tensor dout, Tensor slot, Tensor row, Tensor token, Tensor offsets, Tensor tiles, Tensor z, "
+    f"Tensor xa_up, Tensor xa_down, {_TENSORS}{_OPTIONS}, bool[] needs) -> Tensor[]",
     _backward_fake,
 )
 def _backward(dout: Tensor, slot: Tensor, row: Tensor, *args: Any) -> list[Tensor]:
-    offsets, z, xa_up, xa_down, *inputs, flags = args
+    token, offsets, tiles, z, xa_up, xa_down, *inputs, flags = args
     x, experts, weights_TK = inputs[:3]
     job = _job(tuple(inputs[3:12]), tuple(inputs[12:16]))
     saved = passes.Saved(
-        Ragged(slot_S=slot, row_TK=row, offsets=offsets),
+        Ragged(
+            slot_S=slot,
+            row_TK=row,
+            token_S=token,
+            offsets=offsets,
+            tiles=_or_none(tiles, tiles.numel() > 0),
+            tile_rows=tile_rows_of(slot.numel(), offsets.numel() - 1),
+        ),
         _or_none(z, not job.recompute),
         _or_none(xa_up, job.lora.gate_up is not None),
         _or_none(xa_down, job.lora.down is not None),
     )
     needs = passes.Needs(*flags)
-    grads = passes.backward(job, saved, needs, x, experts, weights_TK, dout)
+    with torch.autocast(x.device.type, enabled=False):
+        grads = passes.backward(job, saved, needs, x, experts, weights_TK, dout)
     named = zip(_DIFFERENTIABLE, _differentiable(tuple(inputs)), flags, strict=True)
     return [grads[n].to(t.dtype) for n, t, need in named if need and t is not None]
 
@@ -188,10 +210,9 @@ class _ExpertMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        keep = any(ctx.needs_input_grad)
-        out, *saved = _forward(*args, keep)
+        out, *saved = _forward(*args)
         ctx.save_for_backward(*saved, *args[:12])
-        ctx.options = args[12:]
+        ctx.options = args[12:16]
         return out
 
     @staticmethod
@@ -201,7 +222,7 @@ class _ExpertMlp(torch.autograd.Function):
         flags = [needed[0], *needed[2:11]]
         found = iter(_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.options, flags))
         grads: list[Tensor | None] = [next(found) if need else None for need in flags]
-        return (grads[0], None, *grads[1:], None, None, None, None, None)
+        return (grads[0], None, *grads[1:], None, None, None, None, None, None)
 
 
 def expert_mlp(
@@ -251,6 +272,8 @@ def expert_mlp(
         check_choice("backend", backend, BackendName)
     if not 0.0 <= expert_dropout < 1.0:
         raise ValueError(f"expert_dropout is {expert_dropout!r}; expected 0 <= p < 1")
+    if x_TH.is_meta:
+        raise Unsupported("x_TH is on the meta device, which computes nothing; use a real device")
     device_type = x_TH.device.type
     dtype = weights.gate_up.dtype
     if dtype.itemsize < 2:
@@ -262,25 +285,29 @@ def expert_mlp(
         dtype = torch.get_autocast_dtype(device_type)
     up, down = lora.gate_up, lora.down
     seed = draw_seed(x_TH.device) if expert_dropout > 0 and (up or down) else None
-    with torch.autocast(device_type, enabled=False):
-        out: Tensor = _ExpertMlp.apply(
-            x_TH,
-            experts_TK,
-            weights_TK,
-            weights.gate_up,
-            weights.down,
-            weights.gate_up_bias,
-            weights.down_bias,
-            None if up is None else up.a_ERI,
-            None if up is None else up.b_ORE,
-            None if down is None else down.a_ERI,
-            None if down is None else down.b_ORE,
-            seed,
-            _encode(spec, recompute, backend, dtype),
-            1.0 if up is None else float(up.scaling),
-            1.0 if down is None else float(down.scaling),
-            float(expert_dropout),
-        )
+    tensors = (
+        x_TH,
+        experts_TK,
+        weights_TK,
+        weights.gate_up,
+        weights.down,
+        weights.gate_up_bias,
+        weights.down_bias,
+        None if up is None else up.a_ERI,
+        None if up is None else up.b_ORE,
+        None if down is None else down.a_ERI,
+        None if down is None else down.b_ORE,
+        seed,
+    )
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    out: Tensor = _ExpertMlp.apply(
+        *tensors,
+        _encode(spec, recompute, backend, dtype),
+        1.0 if up is None else float(up.scaling),
+        1.0 if down is None else float(down.scaling),
+        float(expert_dropout),
+        keep,
+    )
     return out
 
 

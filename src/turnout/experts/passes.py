@@ -29,7 +29,7 @@ from torch import Tensor
 
 from turnout.experts.combine import bias_dots, combine, row_dots
 from turnout.experts.dropout import Dropout
-from turnout.experts.gemm import grouped_gemm, grouped_gram
+from turnout.experts.gemm import adapter_intermediate, grouped_gemm, grouped_gram
 from turnout.experts.operands import Activate, ActivateBackward, Operand, Tail
 from turnout.experts.weights import ExpertWeights, Lora, LoraWeights, down_EHF, gate_up_EGH
 from turnout.ragged import Ragged, sort_by_expert
@@ -53,8 +53,11 @@ class Job:
         return None if self.seed is None else Dropout(self.dropout, self.seed, tag)
 
     def lora_dtype(self, lora: Lora) -> torch.dtype:
-        """Adapters are computed in the wider of their own dtype and the activations'."""
-        return torch.promote_types(lora.a_ERI.dtype, self.dtype)
+        """What the adapter's products are computed in."""
+        device = lora.a_ERI.device
+        return adapter_intermediate(lora.rank, lora.a_ERI.dtype, self.dtype, device, self.backend)[
+            1
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,11 @@ class Needs:
     def hw(self) -> bool:
         return self.down or self.a_down
 
+    @property
+    def d(self) -> bool:
+        """The gradient of h: for dz, for the weights' dot products, or with hw and A."""
+        return self.dz or self.hw or self.weights_TK
+
 
 def _b_ENR(lora: Lora) -> Tensor:
     return lora.b_ORE.permute(2, 0, 1)
@@ -98,13 +106,13 @@ def _b_ENR(lora: Lora) -> Tensor:
 def _narrow(a: Operand, lora: Lora, job: Job, ragged: Ragged) -> Tensor:
     """(S, R): the rows times A^T."""
     dtype = job.lora_dtype(lora)
-    return grouped_gemm(a, lora.a_ERI, ragged, dtype=dtype, backend=job.backend).out
+    return grouped_gemm(a, lora.a_ERI, ragged, dtype=dtype, narrow=True, backend=job.backend).out
 
 
 def _narrow_back(a: Operand, lora: Lora, job: Job, ragged: Ragged) -> Tensor:
     """(S, R): gradient rows times B."""
     dtype, w_ERO = job.lora_dtype(lora), lora.b_ORE.permute(2, 1, 0)
-    return grouped_gemm(a, w_ERO, ragged, dtype=dtype, backend=job.backend).out
+    return grouped_gemm(a, w_ERO, ragged, dtype=dtype, narrow=True, backend=job.backend).out
 
 
 def _input(job: Job, x: Tensor, weights_TK: Tensor, ragged: Ragged, tag: int | None) -> Operand:
@@ -180,33 +188,37 @@ def backward(
     dy = Operand(dout, ragged.token_S)
     dy_weighted = dy if on_input else Operand(dout, ragged.token_S, weight_S)
     down = job.lora.down
-    dyb = None if down is None else _narrow_back(dy, down, job, ragged)
-    z = saved.z_SG
-    if z is None:
-        z, _ = _up(job, _input(job, x, weights_TK, ragged, None), saved.xa_up_SR, ragged, None)
-    tail = None
-    if down is not None and dyb is not None:
-        tail = Tail(dyb, down.a_ERI.transpose(1, 2), down.scaling, job.drop(1))
-    first = grouped_gemm(
-        dy,
-        down_EHF(job.weights, job.spec).transpose(1, 2),
-        ragged,
-        dtype=job.dtype,
-        tail=tail,
-        epilogue=ActivateBackward(
-            job.spec.activation, z, None if on_input else weight_S, keep_h=needs.hw
-        ),
-        backend=job.backend,
-    )
-    dz, dot_S, hw = first.out, first.dot_S, first.h_SF
-    if needs.weights_TK and not on_input:
-        assert dot_S is not None
-        dweights = ragged.by_slot(dot_S)
-        if job.weights.down_bias is not None:
-            dweights = dweights + bias_dots(dout, job.weights.down_bias, experts_TK, ragged)
-        grads["weights_TK"] = dweights
+    dyb = dz = hw = None
+    if needs.d:
+        dyb = None if down is None else _narrow_back(dy, down, job, ragged)
+        z = saved.z_SG
+        if z is None:
+            rows = _input(job, x, weights_TK, ragged, None)
+            z, _ = _up(job, rows, saved.xa_up_SR, ragged, None)
+        tail = None
+        if down is not None and dyb is not None:
+            tail = Tail(dyb, down.a_ERI.transpose(1, 2), down.scaling, job.drop(1))
+        first = grouped_gemm(
+            dy,
+            down_EHF(job.weights, job.spec).transpose(1, 2),
+            ragged,
+            dtype=job.dtype,
+            tail=tail,
+            epilogue=ActivateBackward(
+                job.spec.activation, z, None if on_input else weight_S, keep_h=needs.hw
+            ),
+            backend=job.backend,
+        )
+        dz, hw = first.out, first.h_SF
+        if needs.weights_TK and not on_input:
+            assert first.dot_S is not None
+            dweights = ragged.by_slot(first.dot_S)
+            if job.weights.down_bias is not None:
+                dweights = dweights + bias_dots(dout, job.weights.down_bias, experts_TK, ragged)
+            grads["weights_TK"] = dweights
     _down_grads(job, saved, needs, dy_weighted, dyb, hw, grads)
     if needs.dz or (on_input and needs.weights_TK):
+        assert dz is not None
         _up_grads(job, saved, needs, x, weights_TK, dz, grads)
     return grads
 
@@ -277,9 +289,10 @@ def _up_grads(
     ragged, lora = saved.ragged, job.lora.gate_up
     rows = _input(job, x, weights_TK, ragged, None)
     dzb = None
-    if lora is not None and (needs.x or needs.a_up or needs.weights_TK):
+    dx = needs.x or (needs.weights_TK and job.spec.weight_on_input)
+    if lora is not None and (dx or needs.a_up):
         dzb = _narrow_back(Operand(dz), lora, job, ragged)
-    if needs.x or (needs.weights_TK and job.spec.weight_on_input):
+    if dx:
         tail = None
         if lora is not None and dzb is not None:
             tail = Tail(dzb, lora.a_ERI.transpose(1, 2), lora.scaling, job.drop(0))

@@ -34,7 +34,7 @@ def _project(
         y = y + bias.to(y.dtype)
     if lora is not None:
         a, b = lora.a_ERI[expert], lora.b_ORE[:, :, expert]
-        x = x.to(a.dtype) if drop is None else x.to(a.dtype) * drop
+        x = x.to(a.dtype) if drop is None else x.to(a.dtype) * drop.to(a.dtype)
         y = y + (lora.scaling * ((x @ a.T) @ b.T)).to(y.dtype)
     return y
 
@@ -61,7 +61,8 @@ def expert_mlp(
     tokens, top_k = experts_TK.shape
     flat_experts, flat_weights = experts_TK.reshape(-1), weights_TK.reshape(-1)
     wide = torch.promote_types(x.dtype, torch.float32)
-    seed = draw_seed(x.device) if expert_dropout > 0 else None
+    adapted = lora.gate_up is not None or lora.down is not None
+    seed = draw_seed(x.device) if expert_dropout > 0 and adapted else None
     slots, rows = [], []
     for expert in range(gate_up.shape[0]):
         slot = torch.where(flat_experts == expert)[0]
@@ -85,7 +86,16 @@ def expert_mlp(
         slots.append(slot)
         rows.append(y if spec.weight_on_input else y * weight)
     if not rows:
-        return torch.zeros_like(x_TH) + 0 * x_TH
+        return torch.zeros_like(x_TH) + _nothing(x_TH, weights_TK, weights, lora).to(x_TH.dtype)
     y_SH = rows[0].new_zeros(tokens * top_k, x.shape[1], dtype=torch.cat(rows).dtype)
     y_SH = y_SH.index_copy(0, torch.cat(slots), torch.cat(rows))
     return y_SH.view(tokens, top_k, -1).sum(1).to(x_TH.dtype)
+
+
+def _nothing(x_TH: Tensor, weights_TK: Tensor, weights: ExpertWeights, lora: LoraWeights) -> Tensor:
+    """Zero, with zero gradients for every input."""
+    tensors = [x_TH, weights_TK, weights.gate_up, weights.down]
+    tensors += [b for b in (weights.gate_up_bias, weights.down_bias) if b is not None]
+    for one in (lora.gate_up, lora.down):
+        tensors += [] if one is None else [one.a_ERI, one.b_ORE]
+    return torch.stack([t.flatten()[:0].sum().double() for t in tensors]).sum()

@@ -15,6 +15,7 @@ Legend: T tokens, K experts per token, S = T*K rows, E experts.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -29,12 +30,19 @@ class Ragged:
     Attributes:
         slot_S: row to slot, int64.
         row_TK: slot to row, int64.
+        token_S: row to token, int64.
         offsets: (E + 1,) int32, first row of each expert; the last entry counts the kept rows.
+        tiles: (2, tiles) int32, expert (-1 past the last) and first row of each row tile; None
+            where no kernel asks for it.
+        tile_rows: rows of a tile.
     """
 
     slot_S: Tensor
     row_TK: Tensor
+    token_S: Tensor
     offsets: Tensor
+    tiles: Tensor | None = None
+    tile_rows: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -43,11 +51,6 @@ class Ragged:
     @property
     def num_rows(self) -> int:
         return self.slot_S.numel()
-
-    @property
-    def token_S(self) -> Tensor:
-        """Row to token, int64."""
-        return self.slot_S // max(self.row_TK.shape[1], 1)
 
     def by_row(self, values_TK: Tensor) -> Tensor:
         """Per-slot values in row order: (T, K) to (S,)."""
@@ -74,6 +77,23 @@ class Ragged:
         return [(e, first, last) for e, (first, last) in enumerate(pairs) if last > first]
 
 
+def interpreting() -> bool:
+    """Triton runs its kernels in the interpreter, on the CPU."""
+    triton = sys.modules.get("triton")
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def tile_rows_of(rows: int, num_experts: int) -> int:
+    """Rows of a tile, from the mean number of rows per expert, which the host knows."""
+    mean = rows / num_experts
+    return 128 if mean > 96 else 64 if mean > 12 else 16
+
+
+def num_tiles(rows: int, num_experts: int, tile_rows: int) -> int:
+    """Entries of the tile table: enough for any routing of `rows` slots."""
+    return min(rows, -(-rows // tile_rows) + num_experts)
+
+
 def sort_by_expert(experts_TK: Tensor, num_experts: int) -> Ragged:
     """Stable sort of the slots by expert, without a host sync.
 
@@ -81,6 +101,20 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int) -> Ragged:
         experts_TK: (T, K) int32 or int64; anything outside 0..E-1 is dropped.
         num_experts: E.
     """
+    rows, top_k = experts_TK.numel(), max(experts_TK.shape[1], 1)
+    if rows and (experts_TK.is_cuda or interpreting()):
+        from turnout.ragged.kernels import launch_sort
+
+        tile_rows = tile_rows_of(rows, num_experts)
+        slot_S, row_TK, token_S, offsets, tiles = launch_sort(experts_TK, num_experts, tile_rows)
+        return Ragged(
+            slot_S=slot_S,
+            row_TK=row_TK,
+            token_S=token_S,
+            offsets=offsets,
+            tiles=tiles,
+            tile_rows=tile_rows,
+        )
     flat = experts_TK.reshape(-1).long()
     dropped = (flat < 0) | (flat >= num_experts)
     flat = torch.where(dropped, num_experts, flat)
@@ -89,4 +123,6 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int) -> Ragged:
     row_S[slot_S] = torch.arange(slot_S.numel(), device=slot_S.device)
     edges = torch.arange(num_experts + 1, device=flat.device)
     offsets = torch.searchsorted(sorted_experts, edges).to(torch.int32)
-    return Ragged(slot_S=slot_S, row_TK=row_S.view(experts_TK.shape), offsets=offsets)
+    return Ragged(
+        slot_S=slot_S, row_TK=row_S.view(experts_TK.shape), token_S=slot_S // top_k, offsets=offsets
+    )

@@ -1,0 +1,121 @@
+"""Activations, their derivatives and the dropout mask as jit functions, for every Triton kernel.
+
+The formulas are those of `turnout.specs.Activation`; `epilogues.py` is the same in PyTorch. All are
+float32 in and out. Constants are constexprs: ACT, ALPHA, LIMIT (0 is none), AFTER, UP_OFFSET.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def act(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
+    """a(x)."""
+    if ACT == "silu":
+        return x * tl.sigmoid(ALPHA * x)
+    elif ACT == "gelu":
+        return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x * tl.sigmoid(2.0 * inner)
+    elif ACT == "relu":
+        return tl.maximum(x, 0.0)
+    elif ACT == "relu2":
+        positive = tl.maximum(x, 0.0)
+        return positive * positive
+    else:
+        return x
+
+
+@triton.jit
+def act_slope(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
+    """a'(x)."""
+    if ACT == "silu":
+        s = tl.sigmoid(ALPHA * x)
+        return s * (1.0 + ALPHA * x * (1.0 - s))
+    elif ACT == "gelu":
+        cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
+        return cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif ACT == "gelu_tanh":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        s = tl.sigmoid(2.0 * inner)
+        slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+        return s + x * 2.0 * s * (1.0 - s) * slope
+    elif ACT == "relu":
+        return tl.where(x > 0, 1.0, 0.0)
+    elif ACT == "relu2":
+        return 2.0 * tl.maximum(x, 0.0)
+    else:
+        return x * 0.0 + 1.0
+
+
+@triton.jit
+def glu(
+    gate,
+    up,
+    ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    AFTER: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+):
+    """h of the gated form."""
+    if LIMIT > 0:
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        if AFTER:
+            return tl.minimum(act(gate, ACT, ALPHA), LIMIT) * (up + UP_OFFSET)
+        gate = tl.minimum(gate, LIMIT)
+    return act(gate, ACT, ALPHA) * (up + UP_OFFSET)
+
+
+@triton.jit
+def glu_backward(
+    gate,
+    up,
+    d,
+    ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    AFTER: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+):
+    """(h, dgate, dup) from the gradient d of h."""
+    if LIMIT > 0:
+        inside = (up >= -LIMIT) & (up <= LIMIT)
+        passed = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + UP_OFFSET
+        if AFTER:
+            raw = act(gate, ACT, ALPHA)
+            gated = tl.minimum(raw, LIMIT)
+            slope = tl.where(raw <= LIMIT, act_slope(gate, ACT, ALPHA), 0.0)
+        else:
+            inner = tl.minimum(gate, LIMIT)
+            gated = act(inner, ACT, ALPHA)
+            slope = tl.where(gate <= LIMIT, act_slope(inner, ACT, ALPHA), 0.0)
+        return gated * passed, d * passed * slope, tl.where(inside, d * gated, 0.0)
+    passed = up + UP_OFFSET
+    gated = act(gate, ACT, ALPHA)
+    return gated * passed, d * passed * act_slope(gate, ACT, ALPHA), d * gated
+
+
+@triton.jit
+def _mix(value):
+    value = value ^ (value >> 16)
+    value = value * 0x7FEB352D
+    value = value ^ (value >> 15)
+    value = value * 0x846CA68B
+    return value ^ (value >> 16)
+
+
+@triton.jit
+def dropout_factor(slot, column, seed, TAG: tl.constexpr, threshold, keep_scale):
+    """The mask of `turnout.experts.dropout.mask` at [slot, column]: 0 or 1 / (1 - p)."""
+    key = (slot + seed).to(tl.uint32)
+    if TAG:
+        key += 0x9E3779B9
+    spread = column.to(tl.uint32) * 0x9E3779B9
+    hashed = _mix(_mix(key)[:, None] + spread[None, :])
+    return tl.where(hashed >= threshold.to(tl.uint32), keep_scale, 0.0)
