@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -23,7 +23,15 @@ from turnout.verify.tiny import TINY, build, make_inputs, out_tensor
 
 STOCK_ARCHS = ("dbrx", "switch_transformers", "nllb-moe")
 FUSED_ARCHS = tuple(key for key in TINY if key not in STOCK_ARCHS)
-PEFT_PATH_ARCHS = ("aria_text", "jetmoe")  # each stack in a module of its own
+# Each stack in a module of its own; aria up to transformers 5.17.
+PEFT_PATH_ARCHS = tuple(
+    key
+    for key in ("aria_text", "jetmoe")
+    if any(
+        name.endswith(("experts.fc1.weight", "mlp.input_linear.weight"))
+        for name in build(key).state_dict()
+    )
+)
 LORA_ARCHS = tuple(key for key in FUSED_ARCHS if key not in PEFT_PATH_ARCHS)
 UNDECORATED = tuple(key for key in FUSED_ARCHS if not TINY[key].decorated)
 
@@ -127,11 +135,9 @@ class Probe:
 def probe() -> Iterator[Probe]:
     """Count the calls of `expert_mlp` and of PEFT's folds."""
     found = Probe()
-    run, factors, delta = (
-        glue.expert_mlp,
-        ParamWrapper.get_delta_factors,
-        ParamWrapper.get_delta_weight,
-    )
+    run = glue.expert_mlp
+    # PEFT 0.20 folds by get_delta_weight alone
+    folds = [n for n in ("get_delta_factors", "get_delta_weight") if hasattr(ParamWrapper, n)]
 
     def expert_mlp(*args: Any, **kwargs: Any) -> Tensor:
         found.calls.append(kwargs["lora"])
@@ -144,11 +150,11 @@ def probe() -> Iterator[Probe]:
 
         return fold
 
-    with (
-        mock.patch.object(glue, "expert_mlp", expert_mlp),
-        mock.patch.object(ParamWrapper, "get_delta_factors", counted(factors)),
-        mock.patch.object(ParamWrapper, "get_delta_weight", counted(delta)),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(glue, "expert_mlp", expert_mlp))
+        for name in folds:
+            fold = counted(getattr(ParamWrapper, name))
+            stack.enter_context(mock.patch.object(ParamWrapper, name, fold))
         yield found
 
 

@@ -60,6 +60,12 @@ def block_of(key: str, dtype: torch.dtype = torch.float32) -> Any:
     return copy.deepcopy(block)
 
 
+@cache
+def has_linear_router(key: str) -> bool:
+    """jamba and aria_text had a bare Linear as router up to transformers 5.17."""
+    return type(getattr(block_of(key), "router", None)) is nn.Linear
+
+
 def tokens(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, H, generator=generator).to(dtype)
@@ -74,13 +80,15 @@ def answer(key: str, block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
     JetMoE and Llama 4 do not keep the (T, K) form: theirs is rebuilt from what they return.
     """
-    if key in ("granitemoe", "granitemoeshared", "granitemoehybrid"):
-        experts, weights, _ = block.router(x)
-    elif key == "longcat_flash":
-        weights, experts = block.router(x)
-    elif key == "jamba":
+    bare = has_linear_router(key)
+    if key in ("granitemoe", "granitemoeshared", "granitemoehybrid", "longcat_flash"):
+        # the order of the tuple differs by release; the integers are the experts
+        out = block.router(x)
+        experts = next(t for t in out if not t.is_floating_point())
+        weights = next(t for t in out if t.is_floating_point() and t.shape == experts.shape)
+    elif key == "jamba" and bare:
         experts, weights = block.route_tokens_to_experts(x, block.router(x))
-    elif key == "aria_text":
+    elif key == "aria_text" and bare:
         experts, weights = block.experts.route_tokens_to_experts(block.router(x))
     elif key == "dbrx":
         weights, experts = block.route_tokens_to_experts(block.router(x))

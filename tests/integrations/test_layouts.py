@@ -147,7 +147,7 @@ def test_an_activation_is_believed_by_its_name(key: str) -> None:
         ("gpt_oss", "alpha", 1.0),
         ("minimax_m3_vl_text", "swiglu_limit", 2.0),
         ("deepseek_v4", "limit", 0.5),
-        ("hy_v4", "swiglu_limit", 0.5),
+        *([("hy_v4", "swiglu_limit", 0.5)] if "hy_v4" in TINY else []),  # transformers 5.17
         ("step3p5", "limit", 0.5),
     ],
 )

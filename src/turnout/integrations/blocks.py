@@ -93,7 +93,8 @@ def block_forward(block: Any, x: Tensor) -> Tensor:
         routed = routed * spec.output_scale
     out = routed.view(x.shape)
     if key == "inkling.InklingMoE":
-        return out + block.shared_experts(x, gammas=routing.always_TA)
+        assert routing.always_TA is not None
+        return out + block.shared_experts(x, gammas=routing.always_TA.to(x.dtype))
     if key == "jetmoe.JetMoeMoE":
         return out + block.bias
     return _add_shared(block, key, out, x)

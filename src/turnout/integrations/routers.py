@@ -20,7 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from turnout.integrations.architectures import class_key, keys_of, live
+from turnout.integrations.versions import newer_than
 from turnout.specs import RouteSpec, Score, Unsupported
+
+# transformers after 5.17 (seen in 5.23) computes Inkling's routing in float32.
+_NEWER = newer_than("transformers", "5.17")
 
 Tensors = dict[str, Tensor]
 Read = Callable[[Any, Any, Any], tuple[RouteSpec, Tensors]]
@@ -70,6 +74,10 @@ def _always_normalised(router: Any, block: Any, config: Any) -> tuple[RouteSpec,
 
 def _jamba(router: Any, block: Any, config: Any) -> tuple[RouteSpec, Tensors]:
     return RouteSpec(top_k=need(block, "top_k"), norm=False, weights_dtype="logits"), {}
+
+
+def _jamba_router(router: Any, block: Any, config: Any) -> tuple[RouteSpec, Tensors]:
+    return _softmax(router, False, "logits"), {}
 
 
 def _native_softmax(router: Any, block: Any, config: Any) -> tuple[RouteSpec, Tensors]:
@@ -276,7 +284,7 @@ def _inkling(router: Any, block: Any, config: Any) -> tuple[RouteSpec, Tensors]:
     spec = RouteSpec(
         top_k=need(router, "top_k"),
         score="sigmoid",
-        score_dtype="logits",
+        score_dtype="float32" if _NEWER else "logits",
         weights_dtype="logits",
         n_always=need(router, "n_shared_experts"),
         scale=float(need(router, "route_scale")),
@@ -325,7 +333,8 @@ _RULES: dict[str, Rule] = {
     ),
     **_rules(_always_normalised, "hunyuan_v1_moe.HunYuanMoEV1Gate", "wg"),
     **_rules(_always_normalised, "jetmoe.JetMoeTopKGating", "layer"),
-    **_rules(_native_softmax, "gpt_oss.GptOssTopKRouter"),
+    **_rules(_native_softmax, "gpt_oss.GptOssTopKRouter aria.AriaTextTopKRouter"),
+    **_rules(_jamba_router, "jamba.JambaTopKRouter"),
     **_rules(_dbrx, "dbrx.DbrxRouter", "layer"),
     **_rules(_gemma4, "gemma4.Gemma4TextRouter diffusion_gemma.DiffusionGemmaTextRouter", "gemma4"),
     **_rules(
@@ -360,7 +369,7 @@ _RULES: dict[str, Rule] = {
     **_rules(_afmoe, "afmoe.AfmoeTokenChoiceRouter", "gate"),
     **_rules(_lfm2, "lfm2_moe.Lfm2MoeTopKRouter"),
     **_rules(_deepseek_v4, "deepseek_v4.DeepseekV4TopKRouter deepseek_v4.DeepseekV4HashRouter"),
-    **_rules(_inkling, "inkling.InklingTopkRouter"),
+    **_rules(_inkling, "inkling.InklingTopkRouter", "float32" if _NEWER else "native"),
     **_rules(_llama4, "llama4.Llama4Router", "self"),
     **_rules(_zaya, "zaya.ZayaRouter", "module"),
 }

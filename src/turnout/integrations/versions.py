@@ -24,6 +24,11 @@ def too_old(package: str) -> str | None:
     )
 
 
+def newer_than(package: str, version: str) -> bool:
+    """The installed package has a higher major or minor version."""
+    return _numbers(metadata.version(package))[:2] > _numbers(version)[:2]
+
+
 def check_versions() -> None:
     """Raise `ValueError` if transformers, or a PEFT that the process uses, is too old."""
     for package in MINIMUM:

@@ -89,9 +89,9 @@ def live_weights(call: Call, out: Any, num_experts: int) -> Tensor:
         return dense.index_put(place, weight_S.float(), accumulate=True)
     if key == "dbrx.DbrxRouter":
         weights, experts = block.route_tokens_to_experts(out)
-    elif class_key(type(block)) == "jamba.JambaSparseMoeBlock":
+    elif class_key(type(block)) == "jamba.JambaSparseMoeBlock" and isinstance(out, Tensor):
         experts, weights = block.route_tokens_to_experts(call.args[0], out)
-    elif class_key(type(block)) == "aria.AriaTextMoELayer":
+    elif class_key(type(block)) == "aria.AriaTextMoELayer" and isinstance(out, Tensor):
         experts, weights = live(block.experts).route_tokens_to_experts(out)
     else:
         experts = next(t for t in out if not t.is_floating_point())
