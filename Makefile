@@ -24,7 +24,7 @@ HF_FAMILY := transformers|peft|accelerate|tokenizers|safetensors|huggingface-hub
 # One thread per worker: the tensors in the tests are small. At most eight workers.
 PYTEST := -m pytest -n logical --maxprocesses 8 $(PYTEST_ARGS)
 TEST_ENV := OMP_NUM_THREADS=1
-CPU_TESTS := tests --ignore=tests/gpu --ignore=tests/compile
+CPU_TESTS := tests --ignore=tests/gpu --ignore=tests/compile --ignore=tests/interpret
 
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -53,6 +53,7 @@ demo: $(READY)
 	$(PY) -m turnout train --overwrite --out runs/demo
 
 test: lint
+	TRITON_INTERPRET=1 $(TEST_ENV) $(PY) $(PYTEST) tests/interpret
 	$(TEST_ENV) $(PY) $(PYTEST) $(CPU_TESTS)
 
 lint: $(READY)

@@ -146,7 +146,7 @@ def output_gradient(problem: Problem, seed: int = 1) -> Tensor:
     """A fixed random gradient of the output, in x's dtype."""
     generator = torch.Generator().manual_seed(seed)
     x = problem["x"]
-    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
 
 
 def run(

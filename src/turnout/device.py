@@ -36,6 +36,8 @@ def device_of(device: torch.device) -> Device:
     """
     if device.type != "cuda":
         return _not_a_gpu(device.type)
+    if device.index in _seen:
+        return _gpu(device.index)
     if not torch.cuda.is_available():
         raise ValueError(
             f"device is {device}, but torch {torch.__version__} sees no GPU. "
@@ -45,6 +47,7 @@ def device_of(device: torch.device) -> Device:
     count = torch.cuda.device_count()
     if index >= count:
         raise ValueError(f"device is {device}; expected an index below {count}, the visible GPUs.")
+    _seen.add(index)
     return _gpu(index)
 
 
@@ -62,6 +65,9 @@ def why_no_gpu() -> str | None:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built without GPU support"
     return f"torch {torch.__version__} finds no GPU driver or no visible GPU"
+
+
+_seen: set[int | None] = set()  # indices that were asked for and exist
 
 
 @cache

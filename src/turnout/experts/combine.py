@@ -10,9 +10,12 @@ Legend: T tokens, K experts per token, S = T*K rows, H hidden.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
+from turnout.experts.triton_launch import Launcher
 from turnout.ragged import Ragged
 
 
@@ -37,26 +40,30 @@ def combine(y_SH: Tensor, ragged: Ragged, weights_TK: Tensor | None, dtype: torc
 def _launch_combine(
     y_SH: Tensor, ragged: Ragged, weights_TK: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    from turnout.experts.triton_kernels import combine_kernel
-
     (tokens, top_k), hidden = ragged.row_TK.shape, y_SH.shape[1]
     out = y_SH.new_empty(tokens, hidden, dtype=dtype)
     block = min(2048, 1 << max(0, hidden - 1).bit_length())
-    with torch.cuda.device_of(y_SH):
-        combine_kernel[(tokens, -(-hidden // block))](
-            y_SH,
-            ragged.row_TK,
-            None if weights_TK is None else weights_TK.contiguous(),
-            ragged.offsets,
-            out,
-            hidden,
-            ragged.num_experts,
-            TOP_K=top_k,
-            HAS_WEIGHT=weights_TK is not None,
-            BLOCK_H=block,
-            num_warps=4 if block <= 1024 else 8,
-        )
+    arguments = (
+        y_SH,
+        ragged.row_TK,
+        None if weights_TK is None else weights_TK.contiguous(),
+        ragged.offsets,
+        out,
+        hidden,
+        ragged.num_experts,
+    )
+    constants = {"TOP_K": top_k, "HAS_WEIGHT": weights_TK is not None, "BLOCK_H": block}
+    grid = (tokens, -(-hidden // block), 1)
+    launcher()(grid, arguments, constants, 4 if block <= 1024 else 8, 1, y_SH)
     return out
+
+
+@cache
+def launcher() -> Launcher:
+    """Of `combine_kernel`."""
+    from turnout.experts.triton_kernels import combine_kernel
+
+    return Launcher(combine_kernel)
 
 
 def row_dots(a_SH: Tensor, b_TH: Tensor, ragged: Ragged) -> Tensor:

@@ -15,6 +15,7 @@ Legend: S rows, T tokens, E experts, N and K output and contracted width, R LoRA
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from turnout.device import Device, device_of
 from turnout.experts import gemm_torch, gemm_triton
 from turnout.experts.operands import Activate, ActivateBackward, Operand, RowsOut, Tail
-from turnout.ragged import Ragged
+from turnout.ragged import Ragged, interpreting
 from turnout.specs import GemmProblem, Unsupported
 
 BACKENDS: tuple[ModuleType, ...] = (gemm_triton, gemm_torch)
@@ -50,6 +51,18 @@ def select(problem: GemmProblem, device: Device, backend: str = "auto") -> Modul
     Raises:
         Unsupported: with the reason of every back end asked.
     """
+    return _select(BACKENDS, interpreting(), problem, device, backend)
+
+
+@lru_cache(maxsize=4096)
+def _select(
+    backends: tuple[ModuleType, ...],
+    interpreted: bool,
+    problem: GemmProblem,
+    device: Device,
+    backend: str,
+) -> ModuleType:
+    """The choice, once per problem; the first two arguments are there to be part of the key."""
     candidates = BACKENDS if backend == "auto" else (backend_named(backend),)
     reasons = []
     for module in candidates:

@@ -11,6 +11,7 @@ Legend: S rows, T tokens, E experts, N output width, K contraction, R LoRA rank,
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,16 +21,18 @@ from torch import Tensor
 from turnout.device import Device, device_of
 from turnout.experts.dropout import Dropout
 from turnout.experts.operands import Activate, ActivateBackward, Operand, RowsOut, Tail
+from turnout.experts.triton_launch import Launcher
 from turnout.ragged import Ragged, interpreting
 from turnout.specs import Activation, GemmProblem
 
 NAME = "triton"
+_INSTALLED = find_spec("triton") is not None
 _DTYPES = ("float16", "bfloat16", "float32")
 
 
 def rejects(problem: GemmProblem, device: Device) -> str | None:
     """Why this back end can not run the problem, or None."""
-    if find_spec("triton") is None:
+    if not _INSTALLED:
         return "Triton is not installed"
     if device.arch is None and not interpreting():
         return "needs an NVIDIA GPU"
@@ -51,37 +54,29 @@ def _power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _constants(activation: Activation | None) -> dict[str, Any]:
-    a = activation or Activation()
-    return {
-        "ACT": a.act,
-        "ALPHA": a.alpha,
-        "LIMIT": a.limit or 0.0,
-        "AFTER": a.limit_after,
-        "UP_OFFSET": a.up_offset,
-        "GATED": a.gated,
-        "INTERLEAVED": a.interleaved,
-    }
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
+@lru_cache(maxsize=1024)
 def rows_config(problem: GemmProblem, tile_rows: int, device: Device) -> dict[str, int]:
     """Tile sizes: as wide as registers allow, as deep as shared memory allows."""
-    item = 4 if "float32" in (problem.dtype, problem.weight_dtype) else 2
+    wide_weight = problem.weight_dtype == "float32" and not problem.narrow
+    item = 4 if problem.dtype == "float32" or wide_weight else 2
     room = device.shared_memory or 100_000
     small = room < 120_000 or item == 4
-    wide = 128 if small or tile_rows < 128 or problem.epilogue == "activate_backward" else 256
+    wide = 128 if small else 256
     block_n = max(16, min(64 if small and item == 4 else wide, _power_of_2(problem.n)))
     block_k = 32 if small else 64
     warps = 8 if tile_rows * block_n >= 128 * 128 else 4
     stage = (tile_rows + block_n) * block_k * item
     stages = max(2, min(4, (room - 8192) // stage))
-    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+    return {
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "GROUP": 16 if problem.rows >= 12 * tile_rows * problem.experts else 4,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
+@lru_cache(maxsize=1024)
 def gram_config(problem: GemmProblem, device: Device) -> dict[str, int]:
     """Tile sizes of the products ragged on K."""
     item = 4 if problem.dtype == "float32" else 2
@@ -90,7 +85,7 @@ def gram_config(problem: GemmProblem, device: Device) -> dict[str, int]:
     wide = 64 if small else 128
     block_n = max(16, min(wide, _power_of_2(problem.n)))
     block_k = max(16, min(wide, _power_of_2(problem.k)))
-    block_m = 32 if small else 64
+    block_m = 32 if small else 128 if min(block_n, block_k) <= 32 else 64
     warps = 8 if block_n * block_k >= 128 * 128 else 4
     stages = max(2, min(4, (room - 8192) // ((block_n + block_k) * block_m * item)))
     return {
@@ -116,8 +111,50 @@ def _packed(tail: Tail, width: int, dtype: torch.dtype, k_major: bool) -> Tensor
     make = torch.zeros if width != rank else torch.empty
     out = make(shape, dtype=dtype, device=tail.b_ENR.device)
     view = out if k_major else out.transpose(1, 2)
-    view[..., :rank].copy_(tail.b_ENR * tail.scaling)
+    torch.mul(tail.b_ENR, tail.scaling, out=view[..., :rank])
     return view
+
+
+@lru_cache(maxsize=1024)
+def _rows_plan(
+    problem: GemmProblem,
+    tile_rows: int,
+    device: Device,
+    flags: tuple[tuple[str, bool], ...],
+    tag: int,
+    n_major: bool,
+) -> tuple[dict[str, Any], int, int, int, int]:
+    """Constexprs in the kernel's order, warps, stages, column tiles and half width."""
+    a = problem.activation or Activation()
+    config = rows_config(problem, tile_rows, device)
+    gated = problem.epilogue == "activate" and a.gated
+    paired = gated and not a.interleaved
+    half = problem.n // 2 if gated else 0
+    block_n, block_k = config["BLOCK_N"], config["BLOCK_K"]
+    has = dict(flags)
+    columns = 2 * half if paired else problem.n
+    constants = {
+        "EPILOGUE": problem.epilogue or "none",
+        **has,
+        "TAG": tag,
+        "ACT": a.act,
+        "ALPHA": a.alpha,
+        "LIMIT": a.limit or 0.0,
+        "AFTER": a.limit_after,
+        "UP_OFFSET": a.up_offset,
+        "GATED": a.gated,
+        "INTERLEAVED": a.interleaved,
+        "PAIRED": paired,
+        "EVEN_K": not has["HAS_TAIL"] and problem.k % block_k == 0,
+        "EVEN_N": columns % block_n == 0,
+        "N_MAJOR": n_major and not paired,
+        "PRECISION": "ieee" if problem.dtype == "float32" else "tf32",
+        "BLOCK_M": tile_rows,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "GROUP": config["GROUP"],
+    }
+    return constants, config["num_warps"], config["num_stages"], -(-columns // block_n), half
 
 
 def launch_rows(
@@ -131,80 +168,81 @@ def launch_rows(
     epilogue: Activate | ActivateBackward | None,
 ) -> RowsOut:
     """`turnout.experts.gemm.grouped_gemm` on the GPU."""
-    from turnout.experts.triton_kernels import rows_kernel
-
-    assert ragged.tiles is not None
-    n, k, activation = problem.n, problem.k, problem.activation
     rows, gather = _rows_of(a, dtype)
     out, width = _allocate(problem, w_ENK, ragged, dtype, epilogue)
     if not ragged.num_rows:
+        if isinstance(epilogue, ActivateBackward):
+            return RowsOut(out.out, dot_S=out.out.new_zeros(0), h_SF=out.h_SF)
         return out
-    tile_rows = ragged.tile_rows
-    config = rows_config(problem, tile_rows, device_of(w_ENK.device))
-    gated = isinstance(epilogue, Activate) and epilogue.activation.gated
-    paired = gated and not (activation is not None and activation.interleaved)
-    half = n // 2 if gated else 0
-    num_n = -(-half // (config["BLOCK_N"] // 2)) if paired else -(-n // config["BLOCK_N"])
-    dot = None
-    if isinstance(epilogue, ActivateBackward):
-        dot = torch.empty(ragged.num_rows, num_n, dtype=torch.float32, device=w_ENK.device)
+    assert ragged.tiles is not None
+    if problem.narrow:
+        w_ENK = w_ENK.to(dtype).contiguous()  # an adapter, packed for wide loads
     b = None
     if tail is not None:
         b = _packed(tail, tail.xa_SR.shape[1], w_ENK.dtype, w_ENK.stride(2) == 1)
     seed, tag, threshold, keep = _dropout(a.dropout or (tail.dropout if tail else None))
     z = epilogue.z_SG if isinstance(epilogue, ActivateBackward) else out.z_SG
     weight = epilogue.weight_S if isinstance(epilogue, ActivateBackward) else None
-    with torch.cuda.device_of(w_ENK):
-        rows_kernel[(ragged.tiles.shape[1] * num_n,)](
-            rows,
-            w_ENK,
-            out.out,
-            gather,
-            bias_EN,
-            None if tail is None else tail.xa_SR,
-            b,
-            z,
-            out.h_SF,
-            dot,
-            weight,
-            ragged.slot_S,
-            seed,
-            ragged.tiles[0],
-            ragged.tiles[1],
-            ragged.offsets,
-            n,
-            k,
-            0 if tail is None else tail.xa_SR.shape[1],
-            half,
-            rows.stride(0),
-            *w_ENK.stride(),
-            *((0, 0, 0) if b is None else b.stride()),
-            width,
-            num_n,
-            threshold,
-            keep,
-            EPILOGUE=problem.epilogue or "none",
-            GATHER=gather is not None,
-            HAS_BIAS=bias_EN is not None,
-            HAS_TAIL=tail is not None,
-            HAS_WEIGHT=weight is not None,
-            KEEP_Z=out.z_SG is not None,
-            KEEP_H=out.h_SF is not None,
-            DROP_INPUT=a.dropout is not None,
-            DROP_TAIL=tail is not None and tail.dropout is not None,
-            TAG=tag,
-            **_constants(activation),
-            PAIRED=paired,
-            EVEN_K=tail is None and k % config["BLOCK_K"] == 0,
-            EVEN_N=(2 * half if paired else n) % config["BLOCK_N"] == 0,
-            N_MAJOR=not paired and w_ENK.stride(1) == 1 and w_ENK.stride(2) != 1,
-            PRECISION=_precision(dtype),
-            BLOCK_M=tile_rows,
-            **config,
-        )
+    flags = (
+        ("GATHER", gather is not None),
+        ("HAS_BIAS", bias_EN is not None),
+        ("HAS_TAIL", tail is not None),
+        ("HAS_WEIGHT", weight is not None),
+        ("KEEP_Z", out.z_SG is not None),
+        ("KEEP_H", out.h_SF is not None),
+        ("DROP_INPUT", a.dropout is not None),
+        ("DROP_TAIL", tail is not None and tail.dropout is not None),
+    )
+    n_major = w_ENK.stride(1) == 1 and w_ENK.stride(2) != 1
+    device = device_of(w_ENK.device)
+    constants, warps, stages, num_n, half = _rows_plan(
+        problem, ragged.tile_rows, device, flags, tag, n_major
+    )
+    dot = None
+    if isinstance(epilogue, ActivateBackward):
+        dot = torch.empty(ragged.num_rows, num_n, dtype=torch.float32, device=w_ENK.device)
+    tiles = ragged.tiles.shape[1]
+    arguments = (
+        rows,
+        w_ENK,
+        out.out,
+        gather,
+        bias_EN,
+        None if tail is None else tail.xa_SR,
+        b,
+        z,
+        out.h_SF,
+        dot,
+        weight,
+        ragged.slot_S,
+        seed,
+        ragged.tiles[0],
+        ragged.tiles[1],
+        ragged.offsets,
+        problem.n,
+        problem.k,
+        0 if tail is None else tail.xa_SR.shape[1],
+        half,
+        rows.stride(0),
+        *w_ENK.stride(),
+        *((0, 0, 0) if b is None else b.stride()),
+        width,
+        num_n,
+        tiles,
+        threshold,
+        keep,
+    )
+    _launcher("rows_kernel")((tiles * num_n, 1, 1), arguments, constants, warps, stages, w_ENK)
     if dot is None:
         return out
     return RowsOut(out.out, dot_S=dot.sum(1), h_SF=out.h_SF)
+
+
+@cache
+def _launcher(name: str) -> Launcher:
+    from turnout.experts import triton_kernels
+
+    return Launcher(getattr(triton_kernels, name))
 
 
 def _rows_of(a: Operand, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -250,8 +288,6 @@ def launch_gram(
     scale: float,
 ) -> None:
     """`turnout.experts.gemm.grouped_gram` on the GPU."""
-    from turnout.experts.triton_kernels import gram_kernel
-
     assert a.dropout is None
     if not ragged.num_rows:
         return
@@ -261,34 +297,40 @@ def launch_gram(
     rows_a = rows_a if rows_a.stride(1) == 1 else rows_a.contiguous()
     rows_b = rows_b if rows_b.stride(1) == 1 else rows_b.contiguous()
     seed, tag, threshold, keep = _dropout(b.dropout)
-    with torch.cuda.device_of(out_ENK):
-        gram_kernel[(ragged.num_experts * num_n * num_k,)](
-            rows_a,
-            rows_b,
-            out_ENK,
-            a.gather_S,
-            b.gather_S,
-            a.weight_S,
-            b.weight_S,
-            ragged.slot_S,
-            seed,
-            ragged.offsets,
-            problem.n,
-            problem.k,
-            rows_a.stride(0),
-            rows_b.stride(0),
-            *out_ENK.stride(),
-            num_n,
-            num_k,
-            scale,
-            threshold,
-            keep,
-            GATHER_A=a.gather_S is not None,
-            GATHER_B=b.gather_S is not None,
-            WEIGHT_A=a.weight_S is not None,
-            WEIGHT_B=b.weight_S is not None,
-            DROP_B=b.dropout is not None,
-            TAG=tag,
-            PRECISION=_precision(dtype),
-            **config,
-        )
+    arguments = (
+        rows_a,
+        rows_b,
+        out_ENK,
+        a.gather_S,
+        b.gather_S,
+        a.weight_S,
+        b.weight_S,
+        ragged.slot_S,
+        seed,
+        ragged.offsets,
+        problem.n,
+        problem.k,
+        rows_a.stride(0),
+        rows_b.stride(0),
+        *out_ENK.stride(),
+        num_n,
+        num_k,
+        float(scale),
+        threshold,
+        keep,
+    )
+    constants = {
+        "GATHER_A": a.gather_S is not None,
+        "GATHER_B": b.gather_S is not None,
+        "WEIGHT_A": a.weight_S is not None,
+        "WEIGHT_B": b.weight_S is not None,
+        "DROP_B": b.dropout is not None,
+        "TAG": tag,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "BLOCK_N": config["BLOCK_N"],
+        "BLOCK_K": config["BLOCK_K"],
+        "BLOCK_M": config["BLOCK_M"],
+    }
+    grid = (ragged.num_experts * num_n * num_k, 1, 1)
+    warps, stages = config["num_warps"], config["num_stages"]
+    _launcher("gram_kernel")(grid, arguments, constants, warps, stages, out_ENK)

@@ -54,6 +54,7 @@ def rows_kernel(
     stride_br,
     stride_om,
     num_n,
+    num_tiles,
     threshold,
     keep_scale,
     EPILOGUE: tl.constexpr,
@@ -81,17 +82,22 @@ def rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Computes out[row] = EPILOGUE(a[row] @ w[e]^T + bias[e] + xa[row] @ b[e]^T) for one tile.
 
-    Grid: (row tiles * column tiles), column tiles fastest, so the programs that run together share
-    rows of a and the weights of few experts.
+    Grid: (row tiles * column tiles), in groups of GROUP row tiles with the row fastest: the
+        programs
+    that run together share a few column tiles of few experts' weights, which then stay in L2.
     Assumes: rows of one tile belong to one expert; b carries the scaling; R is a multiple of 16.
     Cost: 2 S N (K + R) FLOPs; S K + E N K + S N elements, each once if L2 holds an expert's
         weights.
     """
     pid = tl.program_id(0)
-    tile, pid_n = pid // num_n, pid % num_n
+    group = pid // (GROUP * num_n)
+    in_group = pid % (GROUP * num_n)
+    rows_in_group = tl.minimum(GROUP, num_tiles - group * GROUP)
+    tile, pid_n = group * GROUP + in_group % rows_in_group, in_group // rows_in_group
     expert = tl.load(tile_expert_ptr + tile)
     if expert < 0:
         return
@@ -157,7 +163,10 @@ def rows_kernel(
             slot = tl.load(slot_ptr + row64, mask=mask_m, other=0)
             seed = tl.load(seed_ptr)
             a = (a * dropout_factor(slot, k, seed, TAG, threshold, keep_scale)).to(a.dtype)
-        acc = tl.dot(a, w.to(a.dtype), acc, input_precision=PRECISION)
+        if PRECISION == "ieee":  # a sum per step keeps float32 chains short
+            acc += tl.dot(a, w.to(a.dtype), input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, w.to(a.dtype), acc, input_precision=PRECISION)
     if DROP_TAIL and HAS_TAIL:
         update = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for r in range(0, R, 16):
@@ -368,7 +377,10 @@ def gram_kernel(
             slot = tl.load(slot_ptr + row64, mask=mask_m, other=0)
             seed = tl.load(seed_ptr)
             b = (b * dropout_factor(slot, k, seed, TAG, threshold, keep_scale)).to(b.dtype)
-        acc = tl.dot(tl.trans(a), b.to(a.dtype), acc, input_precision=PRECISION)
+        if PRECISION == "ieee":
+            acc += tl.dot(tl.trans(a), b.to(a.dtype), input_precision=PRECISION)
+        else:
+            acc = tl.dot(tl.trans(a), b.to(a.dtype), acc, input_precision=PRECISION)
     place = expert.to(tl.int64) * stride_oe + n64[:, None] * stride_on + k64[None, :] * stride_ok
     value = (acc * scale).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place, value, mask=mask_n[:, None] & mask_k[None, :])

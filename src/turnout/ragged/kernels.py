@@ -1,8 +1,8 @@
 """Sorting slots by expert on the GPU: three launches, no host sync, stable and deterministic.
 
     1. count    per block of slots: how many go to each expert
-    2. scan     over blocks and experts: first row of every (block, expert), offsets, tile table
-    3. scatter  slot to row and row to slot; inside a block by a sort of (expert, slot)
+    2. scan     over blocks and experts: first row of every (block, expert), offsets
+    3. scatter  slot to row and row to slot, inside a block by a sort of (expert, slot); tile table
 
 The tile table cuts each expert's rows into tiles of `tile_rows` rows that never straddle experts,
 so that one program of a grouped GEMM belongs to one expert. Its size depends on S and E alone.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from turnout.ragged.rows import num_tiles
 
-BLOCK = 512
+BLOCK = 1024
 _SCAN_BLOCKS = 32
 
 
@@ -49,17 +49,12 @@ def _scan_kernel(
     counts_ptr,
     starts_ptr,
     offsets_ptr,
-    tile_expert_ptr,
-    tile_row_ptr,
     blocks,
     E,
-    tiles,
-    TILE_ROWS: tl.constexpr,
     BUCKETS: tl.constexpr,
     ROWS: tl.constexpr,
-    TILE_BLOCK: tl.constexpr,
 ):
-    """Computes offsets and the tile table; turns `starts` into first row minus place in the block.
+    """Computes offsets; turns `starts` into the first row minus the place in the block.
 
     Grid: one program. Cost: 3 * blocks * BUCKETS reads and writes.
     """
@@ -82,19 +77,34 @@ def _scan_kernel(
         starts = tl.load(starts_ptr + place, mask=mask, other=0)
         tl.store(starts_ptr + place, running[None, :] + before - starts, mask=mask)
         running += tl.sum(counts, 0)
-    num_tiles = tl.where(buckets < E, (total + TILE_ROWS - 1) // TILE_ROWS, 0)
-    last_tile = tl.cumsum(num_tiles, 0)
-    for first in range(0, tiles, TILE_BLOCK):
-        tile = first + tl.arange(0, TILE_BLOCK)
-        past = (last_tile[None, :] <= tile[:, None]).to(tl.int32)
-        expert = tl.sum(past, 1)
-        chosen = (buckets[None, :] == expert[:, None]).to(tl.int32)
-        begin = tl.sum(chosen * begins[None, :], 1)
-        first_tile = tl.sum(chosen * (last_tile - num_tiles)[None, :], 1)
-        row = begin + (tile - first_tile) * TILE_ROWS
-        used = expert < E
-        tl.store(tile_expert_ptr + tile, tl.where(used, expert, -1), mask=tile < tiles)
-        tl.store(tile_row_ptr + tile, tl.where(used, row, 0), mask=tile < tiles)
+
+
+@triton.jit
+def _tile_table(
+    offsets_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    tile,
+    E,
+    tiles,
+    TILE_ROWS: tl.constexpr,
+    BUCKETS: tl.constexpr,
+):
+    """Stores expert and first row of these tiles; expert -1 past the last."""
+    buckets = tl.arange(0, BUCKETS)
+    begins = tl.load(offsets_ptr + buckets, mask=buckets < E, other=0)
+    ends = tl.load(offsets_ptr + buckets + 1, mask=buckets < E, other=0)
+    count = (ends - begins + TILE_ROWS - 1) // TILE_ROWS
+    past_last = tl.cumsum(count, 0)
+    past = ((past_last[None, :] <= tile[:, None]) & (buckets < E)[None, :]).to(tl.int32)
+    expert = tl.sum(past, 1)
+    used = expert < E
+    chosen = (buckets[None, :] == expert[:, None]).to(tl.int32)
+    begin = tl.sum(chosen * begins[None, :], 1)
+    first_tile = tl.sum(chosen * (past_last - count)[None, :], 1)
+    row = begin + (tile - first_tile) * TILE_ROWS
+    tl.store(tile_expert_ptr + tile, tl.where(used, expert, -1), mask=tile < tiles)
+    tl.store(tile_row_ptr + tile, tl.where(used, row, 0), mask=tile < tiles)
 
 
 @triton.jit
@@ -104,17 +114,36 @@ def _scatter_kernel(
     slot_ptr,
     row_ptr,
     token_ptr,
+    offsets_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
     S,
     E,
     TOP_K,
+    blocks,
+    tiles,
+    TILE_ROWS: tl.constexpr,
+    TILE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     BUCKETS: tl.constexpr,
 ):
-    """Computes slot and token of each row, and row of each slot.
+    """Computes slot and token of each row, row of each slot; the last programs the tile table.
 
-    Grid: blocks of slots. Cost: S reads, 3 S writes.
+    Grid: blocks of slots, then blocks of tiles. Cost: S reads, 3 S writes, 2 tiles writes.
     """
     block = tl.program_id(0)
+    if block >= blocks:
+        _tile_table(
+            offsets_ptr,
+            tile_expert_ptr,
+            tile_row_ptr,
+            (block - blocks) * TILE_BLOCK + tl.arange(0, TILE_BLOCK),
+            E,
+            tiles,
+            TILE_ROWS,
+            BUCKETS,
+        )
+        return
     local = tl.arange(0, BLOCK)
     offs = block * BLOCK + local
     expert = tl.load(experts_ptr + offs, mask=offs < S, other=0).to(tl.int32)
@@ -152,26 +181,29 @@ def launch_sort(
         scratch[0],
         scratch[1],
         offsets,
-        table[0],
-        table[1],
         blocks,
         num_experts,
-        tiles,
-        TILE_ROWS=tile_rows,
         BUCKETS=buckets,
         ROWS=scan_rows,
-        TILE_BLOCK=max(1, min(64, 8192 // buckets)),
         num_warps=8,
     )
-    _scatter_kernel[(blocks,)](
+    tile_block = max(1, min(32, 8192 // buckets))
+    _scatter_kernel[(blocks + triton.cdiv(tiles, tile_block),)](
         flat,
         scratch[1],
         slot_S,
         row_TK,
         token_S,
+        offsets,
+        table[0],
+        table[1],
         rows,
         num_experts,
         experts_TK.shape[1],
+        blocks,
+        tiles,
+        TILE_ROWS=tile_rows,
+        TILE_BLOCK=tile_block,
         **sizes,
         num_warps=4,
     )

@@ -1,0 +1,122 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: float32 and float16, small shapes.
+
+Run in a process of its own with TRITON_INTERPRET=1 (`make test` does). Triton's interpreter
+computes bfloat16 on raw bits, so bfloat16 is judged on a GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import turnout
+from problems import GPT_OSS, Problem, assert_same, check, random_problem, run
+from turnout import Activation
+from turnout.ragged import Ragged, interpreting, sort_by_expert
+from turnout.ragged.kernels import launch_sort
+
+RELU2 = Activation(act="relu2", gated=False)
+CLAMPED_AFTER = Activation(limit=0.7, limit_after=True)
+CASES = {
+    "plain": {},
+    "transposed gpt-oss with biases": {"activation": GPT_OSS, "transposed": True, "bias": True},
+    "biases": {"bias": True},
+    "not gated": {"activation": RELU2, "bias": True},
+    "clamped after": {"activation": CLAMPED_AFTER},
+    "gelu": {"activation": Activation(act="gelu_tanh")},
+    "weight on the input": {"weight_on_input": True, "transposed": True},
+    "no adapters": {"rank_up": 0, "rank_down": 0},
+    "one adapter, rank past a tile": {"rank_up": 0, "rank_down": 70},
+    "one expert": {"tokens": 9, "num_experts": 1, "top_k": 1},
+    "many experts, few rows": {"tokens": 5, "num_experts": 40, "top_k": 3},
+}
+
+
+def test_the_interpreter_is_on() -> None:
+    assert interpreting()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_kernel_computes_something_else_than_the_definition(case: str) -> None:
+    def make(seed: int) -> Problem:
+        return random_problem(seed=seed, weights_dtype=torch.float32, **CASES[case])
+
+    check(make, backend="triton")
+
+
+def test_recompute_changes_bits() -> None:
+    problem = random_problem(bias=True)
+    kept = run(problem, backend="triton")
+    assert_same(run(problem, backend="triton", recompute="gate_up"), kept)
+
+
+def test_a_single_token_is_computed_wrong() -> None:
+    problem = random_problem(tokens=1, num_experts=3, top_k=2)
+    got = run(problem, backend="triton")
+    for name, value in run(problem.double(), function=turnout.reference.expert_mlp).items():
+        torch.testing.assert_close(got[name].double(), value, rtol=1e-5, atol=1e-5)
+
+
+def test_float16_is_worse_than_eager() -> None:
+    check(lambda seed: random_problem(seed=seed, dtype=torch.float16), backend="triton")
+
+
+def test_dropped_slots_are_computed() -> None:
+    problem = random_problem(num_experts=4)
+    experts = problem.experts.clone()
+    experts[::3, 0] = 4
+    problem = problem.changed(experts=experts)
+    got = run(problem, backend="triton")
+    for name, value in run(problem.double(), function=turnout.reference.expert_mlp).items():
+        torch.testing.assert_close(got[name].double(), value, rtol=1e-4, atol=1e-4)
+
+
+def test_two_runs_differ() -> None:
+    problem = random_problem()
+    assert_same(run(problem, backend="triton"), run(problem, backend="triton"))
+
+
+def test_dropout_masks_differ_from_the_definitions() -> None:
+    problem = random_problem()
+
+    def seeded(**options: object) -> dict[str, Tensor | None]:
+        torch.manual_seed(3)
+        return run(problem, expert_dropout=0.3, **options)
+
+    got, expected = seeded(backend="triton"), seeded(function=turnout.reference.expert_mlp)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+
+
+SIZES = [(1, 1, 1, 64), (5, 2, 3, 16), (700, 3, 8, 64), (64, 32, 300, 32), (3000, 2, 5, 128)]
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "num_experts", "tile_rows"), SIZES)
+def test_rows_are_not_sorted_by_expert(
+    tokens: int, top_k: int, num_experts: int, tile_rows: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.randint(-1, num_experts + 2, (tokens, top_k), generator=generator)
+    slot, row, token, offsets, tiles = launch_sort(experts, num_experts, tile_rows)
+    flat = torch.where((experts < 0) | (experts > num_experts), num_experts, experts).flatten()
+    order = flat.sort(stable=True).indices
+    counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
+    assert torch.equal(slot, order)
+    assert torch.equal(row.flatten()[order], torch.arange(order.numel()))
+    assert torch.equal(token, order // top_k)
+    assert torch.equal(offsets, torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int())
+    begins = offsets.tolist()
+    expected = [
+        (e, first)
+        for e in range(num_experts)
+        for first in range(begins[e], begins[e + 1], tile_rows)
+    ]
+    found = [(e, first) for e, first in zip(*tiles.tolist(), strict=True) if e >= 0]
+    assert found == expected
+
+
+def test_the_public_sort_uses_the_kernels_here() -> None:
+    ragged = sort_by_expert(torch.tensor([[0, 1], [1, 0]]), 2)
+    assert isinstance(ragged, Ragged)
+    assert ragged.tiles is not None
