@@ -20,14 +20,15 @@ from rich.text import Text
 from turnout._version import __version__
 from turnout.device import Device, device_of, visible_gpus, why_no_gpu
 from turnout.experts import gemm
+from turnout.integrations.versions import MINIMUM
 from turnout.specs import BackendName, GemmProblem
 
 # name, oldest version that works (None: any), what it is for
 PACKAGES = (
     ("torch", "2.9", "everything"),
     ("triton", None, "GPU kernels"),
-    ("transformers", "5.16.1", "turnout.patch, train, verify"),
-    ("peft", "0.19.1", "LoRA on experts, train, adapter"),
+    ("transformers", MINIMUM["transformers"], "turnout.patch, train, verify"),
+    ("peft", MINIMUM["peft"], "LoRA on experts, train, adapter"),
     ("accelerate", None, "train"),
     ("sonic-moe", None, "SonicMoE, a peer to compare with"),
     ("kernels", None, "kernels from the Hugging Face hub"),
