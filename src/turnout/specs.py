@@ -10,7 +10,7 @@ G = 2F gate and up (F when there is no gate), R LoRA rank.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
@@ -293,3 +293,12 @@ class GemmProblem:
     bias: bool = False
     dropout: bool = False
     narrow: bool = False
+    _hash: int = field(init=False, repr=False, compare=False, default=0)
+
+    def __post_init__(self) -> None:
+        values = [getattr(self, f.name) for f in fields(self) if f.compare]
+        object.__setattr__(self, "_hash", hash(tuple(values)))
+
+    def __hash__(self) -> int:
+        """Computed once: a problem is looked up at every launch."""
+        return self._hash

@@ -297,7 +297,7 @@ def routed(experts_of, **sizes):
         pytest.param(routed(lambda p: p.experts, num_experts=1, top_k=1), id="E1"),
         pytest.param(routed(lambda p: p.experts, top_k=1), id="K1"),
         pytest.param(routed(lambda p: p.experts, num_experts=3, top_k=7), id="K above E"),
-        pytest.param(routed(lambda p: p.experts, num_experts=60, tokens=12), id="E60"),
+        pytest.param(routed(lambda p: p.experts, num_experts=60, tokens=50), id="E60"),
         pytest.param(
             routed(lambda p: p.experts, num_experts=40, top_k=32, tokens=6, hidden=8), id="K32"
         ),

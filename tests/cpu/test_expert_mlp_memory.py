@@ -51,9 +51,9 @@ def test_no_more_is_kept_than_the_law_says(dtype, recompute, layout, needs):
     bytes_each = {
         "x": tokens * hidden * dtype.itemsize,
         "z": 0 if recompute == "gate_up" else rows * wide * dtype.itemsize,
-        "S*R": rows * sum(ranks) * dtype.itemsize,
-        # Indices and weights as given; row to slot, slot to row, row to token; offsets.
-        "routing": rows * (8 + 4) + 3 * rows * 8 + (problem.num_experts + 1) * 4,
+        "S*R": rows * sum(ranks) * 4,  # this back end computes adapters in float32 at least
+        # Indices and weights as given; row to slot, slot to row; offsets.
+        "routing": rows * (8 + 4) + 2 * rows * 8 + (problem.num_experts + 1) * 4,
     }
     assert sum(size for size, _ in kept.values()) <= sum(bytes_each.values())
     shapes = [shape for _, shape in kept.values()]

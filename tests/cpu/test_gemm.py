@@ -207,18 +207,20 @@ def test_rows_are_multiplied_by_their_experts_weight():
     bias = torch.randn(EXPERTS, 5, generator=generator, dtype=torch.float64)
     xa = torch.randn(10, 3, generator=generator, dtype=torch.float64)
     b = torch.randn(5, 3, EXPERTS, generator=generator, dtype=torch.float64).permute(2, 0, 1)
-    weight = torch.randn(10, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, 2, generator=generator, dtype=torch.float64)
     out = grouped_gemm(
-        Operand(x, ragged.token_S, weight),
+        Operand(x, True, weight),
         w,
         ragged,
         dtype=torch.float64,
         bias_EN=bias,
-        tail=Tail(xa, b, 0.5),
+        tail=Tail(xa, b),
     ).out
     expected = torch.zeros(10, 5, dtype=torch.float64)
     for row, e, token in rows_of(ragged):
-        expected[row] = w[e] @ (x[token] * weight[row]) + bias[e] + 0.5 * (b[e] @ xa[row])
+        expected[row] = (
+            w[e] @ (x[token] * weight.flatten()[ragged.slot_S[row]]) + bias[e] + b[e] @ xa[row]
+        )
     assert len(rows_of(ragged)) == 7
     torch.testing.assert_close(out, expected)
 
@@ -242,24 +244,32 @@ def test_dropped_rows_are_zero_and_never_read():
     assert total.isfinite().all()
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.0, -0.75])
-def test_gram_sums_outer_products_per_expert(scale):
+def test_gram_sums_outer_products_per_expert():
     ragged, x, _, generator = operands()
-    dy = torch.randn(10, 3, generator=generator, dtype=torch.float64)
-    out = torch.zeros(3, EXPERTS, 6, dtype=torch.float64).transpose(0, 1)  # any strides
-    grouped_gram(Operand(dy), Operand(x, ragged.token_S), ragged, out, dtype=x.dtype, scale=scale)
+    dy = torch.randn(10, 4, generator=generator, dtype=torch.float64)  # a fourth column is padding
+    out = torch.full((3, EXPERTS, 6), float("nan"), dtype=torch.float64).transpose(0, 1)
+    grouped_gram(Operand(dy), Operand(x, by_token=True), ragged, out, dtype=x.dtype)
     expected = torch.zeros(EXPERTS, 3, 6, dtype=torch.float64)
     for row, e, token in rows_of(ragged):
-        expected[e] += scale * torch.outer(dy[row], x[token])
+        expected[e] += torch.outer(dy[row, :3], x[token])
     torch.testing.assert_close(out, expected)
-    assert not out[1].any(), "an expert without rows keeps its zero"
+    assert not out[1].any(), "an expert without rows is zero"
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, -0.75])
+def test_an_adapters_intermediate_is_scaled(scale):
+    ragged, x, w, _ = operands()
+    options = {"dtype": torch.float64, "narrow": True}
+    out = grouped_gemm(Operand(x, by_token=True), w, ragged, scale=scale, **options).out
+    plain = grouped_gemm(Operand(x, by_token=True), w, ragged, **options).out
+    torch.testing.assert_close(out, scale * plain)
 
 
 def test_weights_are_converted_as_they_are_read():
     ragged, x, w, _ = operands(torch.float32)
-    out = grouped_gemm(Operand(x, ragged.token_S), w, ragged, dtype=torch.bfloat16).out
+    out = grouped_gemm(Operand(x, by_token=True), w, ragged, dtype=torch.bfloat16).out
     by_hand = grouped_gemm(
-        Operand(x.bfloat16(), ragged.token_S), w.bfloat16(), ragged, dtype=torch.bfloat16
+        Operand(x.bfloat16(), by_token=True), w.bfloat16(), ragged, dtype=torch.bfloat16
     ).out
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, by_hand)
@@ -269,7 +279,7 @@ def test_z_is_returned_only_when_it_is_kept():
     ragged, x, w, _ = operands(outputs=8)
     for keep in (True, False):
         out = grouped_gemm(
-            Operand(x, ragged.token_S),
+            Operand(x, by_token=True),
             w,
             ragged,
             dtype=torch.float64,

@@ -12,7 +12,8 @@ from torch import Tensor
 from turnout.device import Device
 from turnout.experts.dropout import mask
 from turnout.experts.epilogues import activate, activate_backward
-from turnout.experts.operands import Activate, ActivateBackward, Operand, RowsOut, Tail
+from turnout.experts.operands import Activate, ActivateBackward, Factors, Operand, RowsOut, Tail
+from turnout.experts.weights import Lora
 from turnout.ragged import Ragged
 from turnout.specs import GemmProblem
 
@@ -27,18 +28,32 @@ def rejects(problem: GemmProblem, device: Device) -> str | None:
 def adapter_intermediate(
     rank: int, adapter: torch.dtype, dtype: torch.dtype
 ) -> tuple[int, torch.dtype]:
-    """Adapters are computed in the wider of their own dtype and the activations'."""
-    return rank, torch.promote_types(adapter, dtype)
+    """Adapters are computed in the widest of their dtype, the activations' and float32: PyTorch
+    rounds a product before it can be scaled, and in bfloat16 that second rounding shows."""
+    return rank, torch.promote_types(torch.promote_types(adapter, dtype), torch.float32)
+
+
+def factors(adapters: list[tuple[Lora, bool]], dtype: torch.dtype, backward: bool) -> list[Factors]:
+    """Views: adapters are read where they lie."""
+    found = []
+    for lora, _ in adapters:
+        wide = adapter_intermediate(lora.rank, lora.a_ERI.dtype, dtype)[1]
+        narrow, tail = lora.a_ERI, lora.b_ORE.permute(2, 0, 1)
+        if backward:
+            narrow, tail = lora.b_ORE.permute(2, 1, 0), lora.a_ERI.transpose(1, 2)
+        found.append(Factors(narrow, tail, lora.scaling, wide))
+    return found
 
 
 def _read(a: Operand, ragged: Ragged, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """The operand's rows first..last in `dtype`, gathered, weighted and masked."""
-    rows = a.rows[first:last] if a.gather_S is None else a.rows[a.gather_S[first:last]]
-    if a.weight_S is not None:
-        rows = rows * a.weight_S[first:last, None]
+    slots = ragged.slot_S[first:last]
+    rows = a.rows[slots // ragged.top_k] if a.by_token else a.rows[first:last]
+    if a.weight_TK is not None:
+        rows = rows * a.weight_TK.reshape(-1)[slots, None]
     rows = rows.to(dtype)
     if a.dropout is not None:
-        rows = rows * mask(a.dropout, ragged.slot_S[first:last], rows.shape[1], dtype)
+        rows = rows * mask(a.dropout, slots, rows.shape[1], dtype)
     return rows
 
 
@@ -53,7 +68,7 @@ def _add_tail(sum_SN: Tensor, tail: Tail, ragged: Ragged, e: int, first: int, la
     if tail.dropout is not None:
         slots = ragged.slot_S[first:last]
         update = update * mask(tail.dropout, slots, update.shape[1], update.dtype)
-    return sum_SN + tail.scaling * update
+    return sum_SN + update
 
 
 def launch_rows(
@@ -65,18 +80,21 @@ def launch_rows(
     bias_EN: Tensor | None,
     tail: Tail | None,
     epilogue: Activate | ActivateBackward | None,
+    scale: float,
 ) -> RowsOut:
-    """`turnout.experts.gemm.grouped_gemm`, expert by expert."""
+    """`turnout.experts.gemm.grouped_gemm`, expert by expert; dropped rows are zero."""
     wide = torch.promote_types(dtype, torch.float32)
     out = _allocate(w_ENK, ragged, dtype, epilogue)
     for e, first, last in ragged.segments():
         a_e = _read(a, ragged, first, last, dtype)
         product = _product(a_e, w_ENK[e], wide)
+        if scale != 1.0:
+            product = product * scale
         if bias_EN is not None:
             product = product + bias_EN[e].to(wide)
         if tail is not None:
             product = _add_tail(product, tail, ragged, e, first, last)
-        _store(out, product.to(wide), epilogue, first, last)
+        _store(out, product.to(wide), epilogue, ragged, first, last)
     return out
 
 
@@ -97,7 +115,7 @@ def _allocate(
     if isinstance(epilogue, ActivateBackward):
         return RowsOut(
             zeros(epilogue.z_SG.shape[1]),
-            dot_S=zeros(like=torch.promote_types(dtype, torch.float32)),
+            dot_SP=zeros(1, like=torch.promote_types(dtype, torch.float32)),
             h_SF=zeros(width) if epilogue.keep_h else None,
         )
     return RowsOut(zeros(width))
@@ -107,6 +125,7 @@ def _store(
     out: RowsOut,
     product: Tensor,
     epilogue: Activate | ActivateBackward | None,
+    ragged: Ragged,
     first: int,
     last: int,
 ) -> None:
@@ -115,12 +134,12 @@ def _store(
         if out.z_SG is not None:
             out.z_SG[first:last] = product
     elif isinstance(epilogue, ActivateBackward):
-        assert out.dot_S is not None
+        assert out.dot_SP is not None
         z = epilogue.z_SG[first:last].to(product.dtype)
         h, dz = activate_backward(z, product, epilogue.activation)
-        out.dot_S[first:last] = (product * h).sum(1)
-        if epilogue.weight_S is not None:
-            weight = epilogue.weight_S[first:last, None]
+        out.dot_SP[first:last, 0] = (product * h).sum(1)
+        if epilogue.weight_TK is not None:
+            weight = epilogue.weight_TK.reshape(-1)[ragged.slot_S[first:last], None]
             h, dz = h * weight, dz * weight
         out.out[first:last] = dz
         if out.h_SF is not None:
@@ -136,12 +155,11 @@ def launch_gram(
     ragged: Ragged,
     out_ENK: Tensor,
     dtype: torch.dtype,
-    scale: float,
 ) -> None:
     """`turnout.experts.gemm.grouped_gram`, expert by expert."""
+    out_ENK.zero_()
     for e, first, last in ragged.segments():
-        a_e = _read(a, ragged, first, last, dtype)
-        b_e = _read(b, ragged, first, last, dtype)
+        a_e = _read(a, ragged, first, last, dtype)[:, : problem.n]
+        b_e = _read(b, ragged, first, last, dtype)[:, : problem.k]
         # a matrix product with one column would add the rows one after the other
-        product = (a_e * b_e).sum(0)[:, None] if problem.k == 1 else a_e.T @ b_e
-        out_ENK[e] = product if scale == 1.0 else product * scale
+        out_ENK[e] = (a_e * b_e).sum(0)[:, None] if problem.k == 1 else a_e.T @ b_e

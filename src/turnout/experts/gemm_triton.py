@@ -1,17 +1,18 @@
 """Grouped GEMM in Triton: portable (no TMA), one program per (row tile of one expert, column tile).
 
 Rows are gathered in the load and weights are read in their stored layout. The LoRA tail is one more
-step of the contraction: operands [x | xa] and [W | s*B], so it rides in the same pipelined loop. An
+step of the contraction: operands [x | xa] and [W | B], so it rides in the same pipelined loop. An
 epilogue is a jit function applied before the store. No host sync, no atomics, no
-`@triton.autotune`. The device code is in `triton_kernels.py`; Triton is imported when the first
-kernel is launched.
+`@triton.autotune`. The device code is in `triton_kernels.py` and `triton_movement.py`, the tile
+sizes are in `triton_config.py`; Triton is imported when the first kernel is launched.
 
 Legend: S rows, T tokens, E experts, N output width, K contraction, R LoRA rank, F intermediate.
 """
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from dataclasses import replace
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from turnout.device import Device, device_of
 from turnout.experts.dropout import Dropout
-from turnout.experts.operands import Activate, ActivateBackward, Operand, RowsOut, Tail
-from turnout.experts.triton_launch import Launcher
-from turnout.ragged import Ragged, interpreting
+from turnout.experts.operands import Activate, ActivateBackward, Factors, Operand, RowsOut, Tail
+from turnout.experts.triton_config import gram_config, power_of_2, rows_config
+from turnout.experts.weights import Lora
+from turnout.launch import Launch, interpreting
+from turnout.ragged import Ragged, num_tiles
 from turnout.specs import Activation, GemmProblem
 
 NAME = "triton"
@@ -50,51 +53,72 @@ def adapter_intermediate(
     return -(-rank // 16) * 16, dtype
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
+def factors(
+    adapters: list[tuple[Lora, Tensor]], dtype: torch.dtype, backward: bool
+) -> list[Factors]:
+    """Both factors of one or two adapters, packed in one launch.
+
+    The narrow product reads its factor in the activations' dtype with the contraction contiguous;
+    the tail, read in the loop of the base weight beside it, has that weight's dtype and order.
+    """
+    tensors: list[Tensor | None] = []
+    found, sizes = [], []
+    for lora, w_ENK in adapters:
+        k_major = w_ENK.stride(2) == 1
+        (experts, rank, inputs), outputs = lora.a_ERI.shape, lora.b_ORE.shape[0]
+        width = adapter_intermediate(rank, dtype, dtype)[0]
+        # of A in backward and of B in forward, the rank is what the tail contracts
+        a_last, b_last = backward and k_major, not backward and k_major
+        device = lora.a_ERI.device
+        kinds = (w_ENK.dtype, dtype) if backward else (dtype, w_ENK.dtype)
+        a = torch.empty(_packed(experts, width, inputs, a_last), dtype=kinds[0], device=device)
+        b = torch.empty(_packed(experts, width, outputs, b_last), dtype=kinds[1], device=device)
+        tensors += [lora.a_ERI, lora.b_ORE, a, b]
+        strides = (*lora.a_ERI.stride(), *lora.b_ORE.stride())
+        sizes.append((rank, inputs, outputs, strides, width, a_last, b_last))
+        narrow, tail = (b, a if a_last else a.transpose(1, 2)) if backward else (a, b)
+        if not backward and not b_last:
+            tail = b.transpose(1, 2)
+        found.append(Factors(narrow, tail, lora.scaling, dtype))
+    if len(adapters) < 2:
+        tensors += [None] * 4
+    _pack_launch(experts, tuple(sizes))(*tensors)
+    return found
 
 
-@lru_cache(maxsize=1024)
-def rows_config(problem: GemmProblem, tile_rows: int, device: Device) -> dict[str, int]:
-    """Tile sizes: as wide as registers allow, as deep as shared memory allows."""
-    wide_weight = problem.weight_dtype == "float32" and not problem.narrow
-    item = 4 if problem.dtype == "float32" or wide_weight else 2
-    room = device.shared_memory or 100_000
-    small = room < 120_000 or item == 4
-    wide = 128 if small else 256
-    block_n = max(16, min(64 if small and item == 4 else wide, _power_of_2(problem.n)))
-    block_k = 32 if small else 64
-    warps = 8 if tile_rows * block_n >= 128 * 128 else 4
-    stage = (tile_rows + block_n) * block_k * item
-    stages = max(2, min(4, (room - 8192) // stage))
-    return {
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "GROUP": 16 if problem.rows >= 12 * tile_rows * problem.experts else 4,
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+def _packed(experts: int, width: int, size: int, rank_last: bool) -> tuple[int, int, int]:
+    return (experts, size, width) if rank_last else (experts, width, size)
 
 
-@lru_cache(maxsize=1024)
-def gram_config(problem: GemmProblem, device: Device) -> dict[str, int]:
-    """Tile sizes of the products ragged on K."""
-    item = 4 if problem.dtype == "float32" else 2
-    room = device.shared_memory or 100_000
-    small = room < 120_000 or item == 4
-    wide = 64 if small else 128
-    block_n = max(16, min(wide, _power_of_2(problem.n)))
-    block_k = max(16, min(wide, _power_of_2(problem.k)))
-    block_m = 32 if small else 128 if min(block_n, block_k) <= 32 else 64
-    warps = 8 if block_n * block_k >= 128 * 128 else 4
-    stages = max(2, min(4, (room - 8192) // ((block_n + block_k) * block_m * item)))
-    return {
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "BLOCK_M": block_m,
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+@lru_cache(maxsize=256)
+def _pack_launch(experts: int, sizes: tuple[tuple[Any, ...], ...]) -> Launch:
+    from turnout.experts.triton_movement import pack_kernel
+
+    numbers: list[int] = []
+    constants: dict[str, Any] = {}
+    programs = []
+    for (rank, inputs, outputs, strides, width, a_last, b_last), mark in zip(
+        sizes, ("", "2"), strict=False
+    ):
+        config = {
+            "RANK": width,
+            "A_RANK_LAST": a_last,
+            "B_RANK_LAST": b_last,
+            "BLOCK_I": min(256, max(16, power_of_2(inputs))),
+            "BLOCK_O": min(8 if b_last else 32, max(4, power_of_2(outputs))),
+            "BLOCK_R": 16 if b_last else 4,
+            "BLOCK_E": 32,
+        }
+        a_programs = experts * -(-inputs // config["BLOCK_I"])
+        b_programs = -(-outputs // config["BLOCK_O"]) * -(-experts // config["BLOCK_E"])
+        programs.append(a_programs + b_programs)
+        numbers += [rank, inputs, outputs, *strides]
+        constants |= {name + mark: value for name, value in config.items()}
+    if len(sizes) < 2:
+        numbers += [0] * 9
+        constants |= {name + "2": 0 for name in list(constants)}
+    grid = (sum(programs), 1, 1)
+    return Launch(pack_kernel, grid, (experts, programs[0], *numbers), constants, 4)
 
 
 def _dropout(dropout: Dropout | None) -> tuple[Tensor | None, int, int, float]:
@@ -104,38 +128,48 @@ def _dropout(dropout: Dropout | None) -> tuple[Tensor | None, int, int, float]:
     return dropout.seed, dropout.tag, int(dropout.p * 2**32), 1.0 / (1.0 - dropout.p)
 
 
-def _packed(tail: Tail, width: int, dtype: torch.dtype, k_major: bool) -> Tensor:
-    """scaling * b as (E, N, width) in `dtype`, zero past the rank, contiguous along R or N."""
-    experts, n, rank = tail.b_ENR.shape
-    shape = (experts, n, width) if k_major else (experts, width, n)
-    make = torch.zeros if width != rank else torch.empty
-    out = make(shape, dtype=dtype, device=tail.b_ENR.device)
-    view = out if k_major else out.transpose(1, 2)
-    torch.mul(tail.b_ENR, tail.scaling, out=view[..., :rank])
-    return view
-
-
-@lru_cache(maxsize=1024)
-def _rows_plan(
+@lru_cache(maxsize=4096)
+def _rows_launch(
     problem: GemmProblem,
+    device: torch.device,
     tile_rows: int,
-    device: Device,
-    flags: tuple[tuple[str, bool], ...],
-    tag: int,
-    n_major: bool,
-) -> tuple[dict[str, Any], int, int, int, int]:
-    """Constexprs in the kernel's order, warps, stages, column tiles and half width."""
+    top_k: int,
+    row_stride: int,
+    w_strides: tuple[int, ...],
+    tail_strides: tuple[int, ...],
+    width: int,
+    scale: float,
+    weighted: bool,
+    keep_z: bool,
+    keep_h: bool,
+    drop_input: bool,
+    drop_tail: bool,
+    drop: tuple[int, int, float],
+) -> tuple[Launch, int]:
+    """What is launched, and its column tiles."""
+    from turnout.experts.triton_kernels import rows_kernel
+
     a = problem.activation or Activation()
-    config = rows_config(problem, tile_rows, device)
+    config = rows_config(problem, tile_rows, device_of(device))
     gated = problem.epilogue == "activate" and a.gated
     paired = gated and not a.interleaved
     half = problem.n // 2 if gated else 0
     block_n, block_k = config["BLOCK_N"], config["BLOCK_K"]
-    has = dict(flags)
     columns = 2 * half if paired else problem.n
+    num_n = -(-columns // block_n)
+    tag, threshold, keep = drop
     constants = {
         "EPILOGUE": problem.epilogue or "none",
-        **has,
+        "GATHER": problem.gathered,
+        "TOP_K": top_k,
+        "HAS_SCALE": scale != 1.0,
+        "HAS_BIAS": problem.bias,
+        "HAS_TAIL": problem.rank > 0,
+        "HAS_WEIGHT": weighted,
+        "KEEP_Z": keep_z,
+        "KEEP_H": keep_h,
+        "DROP_INPUT": drop_input,
+        "DROP_TAIL": drop_tail,
         "TAG": tag,
         "ACT": a.act,
         "ALPHA": a.alpha,
@@ -145,16 +179,21 @@ def _rows_plan(
         "GATED": a.gated,
         "INTERLEAVED": a.interleaved,
         "PAIRED": paired,
-        "EVEN_K": not has["HAS_TAIL"] and problem.k % block_k == 0,
+        "EVEN_K": problem.rank == 0 and problem.k % block_k == 0,
         "EVEN_N": columns % block_n == 0,
-        "N_MAJOR": n_major and not paired,
+        "N_MAJOR": w_strides[1] == 1 and w_strides[2] != 1 and not paired,
         "PRECISION": "ieee" if problem.dtype == "float32" else "tf32",
         "BLOCK_M": tile_rows,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
         "GROUP": config["GROUP"],
     }
-    return constants, config["num_warps"], config["num_stages"], -(-columns // block_n), half
+    tiles = num_tiles(problem.rows, problem.experts, tile_rows)
+    sizes = (problem.n, problem.k, problem.rank, half, row_stride, *w_strides, *tail_strides)
+    numbers = (*sizes, width, num_n, scale, threshold, keep, tiles)
+    grid = (tiles * num_n, 1, 1)
+    warps, stages = config["num_warps"], config["num_stages"]
+    return Launch(rows_kernel, grid, numbers, constants, warps, stages), num_n
 
 
 def launch_rows(
@@ -166,116 +205,133 @@ def launch_rows(
     bias_EN: Tensor | None,
     tail: Tail | None,
     epilogue: Activate | ActivateBackward | None,
+    scale: float,
 ) -> RowsOut:
     """`turnout.experts.gemm.grouped_gemm` on the GPU."""
-    rows, gather = _rows_of(a, dtype)
-    out, width = _allocate(problem, w_ENK, ragged, dtype, epilogue)
+    rows, by_token = _rows_of(a, ragged, dtype)
+    if by_token != problem.gathered:
+        problem = replace(problem, gathered=by_token)
     if not ragged.num_rows:
-        if isinstance(epilogue, ActivateBackward):
-            return RowsOut(out.out, dot_S=out.out.new_zeros(0), h_SF=out.h_SF)
-        return out
-    assert ragged.tiles is not None
-    if problem.narrow:
-        w_ENK = w_ENK.to(dtype).contiguous()  # an adapter, packed for wide loads
-    b = None
-    if tail is not None:
-        b = _packed(tail, tail.xa_SR.shape[1], w_ENK.dtype, w_ENK.stride(2) == 1)
-    seed, tag, threshold, keep = _dropout(a.dropout or (tail.dropout if tail else None))
-    z = epilogue.z_SG if isinstance(epilogue, ActivateBackward) else out.z_SG
-    weight = epilogue.weight_S if isinstance(epilogue, ActivateBackward) else None
-    flags = (
-        ("GATHER", gather is not None),
-        ("HAS_BIAS", bias_EN is not None),
-        ("HAS_TAIL", tail is not None),
-        ("HAS_WEIGHT", weight is not None),
-        ("KEEP_Z", out.z_SG is not None),
-        ("KEEP_H", out.h_SF is not None),
-        ("DROP_INPUT", a.dropout is not None),
-        ("DROP_TAIL", tail is not None and tail.dropout is not None),
+        return _no_rows(problem, w_ENK, dtype, epilogue)
+    backward = epilogue if isinstance(epilogue, ActivateBackward) else None
+    keep_z = isinstance(epilogue, Activate) and epilogue.keep_z
+    keep_h = backward is not None and backward.keep_h
+    weight_TK = None if backward is None else backward.weight_TK
+    tail_drop = None if tail is None else tail.dropout
+    seed, *drop = _dropout(a.dropout or tail_drop)
+    n, count, device = problem.n, ragged.num_rows, w_ENK.device
+    gated = isinstance(epilogue, Activate) and epilogue.activation.gated
+    width = n // 2 if gated else n if backward is None else backward.z_SG.shape[1]
+    launch, num_n = _rows_launch(
+        problem,
+        device,
+        ragged.tile_rows,
+        ragged.top_k,
+        rows.stride(0),
+        w_ENK.stride(),
+        (0, 0, 0) if tail is None else tail.b_ENR.stride(),
+        width,
+        scale,
+        weight_TK is not None,
+        keep_z,
+        keep_h,
+        a.dropout is not None,
+        tail_drop is not None,
+        tuple(drop),
     )
-    n_major = w_ENK.stride(1) == 1 and w_ENK.stride(2) != 1
-    device = device_of(w_ENK.device)
-    constants, warps, stages, num_n, half = _rows_plan(
-        problem, ragged.tile_rows, device, flags, tag, n_major
-    )
+    out = torch.empty(count, width, dtype=dtype, device=device)
+    z = torch.empty(count, n, dtype=dtype, device=device) if keep_z else None
+    h = torch.empty(count, n, dtype=dtype, device=device) if keep_h else None
     dot = None
-    if isinstance(epilogue, ActivateBackward):
-        dot = torch.empty(ragged.num_rows, num_n, dtype=torch.float32, device=w_ENK.device)
-    tiles = ragged.tiles.shape[1]
-    arguments = (
+    if backward is not None:
+        dot = torch.empty(count, num_n, dtype=torch.float32, device=device)
+    assert ragged.tiles is not None
+    launch(
         rows,
         w_ENK,
-        out.out,
-        gather,
+        out,
         bias_EN,
         None if tail is None else tail.xa_SR,
-        b,
-        z,
-        out.h_SF,
+        None if tail is None else tail.b_ENR,
+        z if backward is None else backward.z_SG,
+        h,
         dot,
-        weight,
+        weight_TK,
         ragged.slot_S,
         seed,
-        ragged.tiles[0],
-        ragged.tiles[1],
+        ragged.tiles,
         ragged.offsets,
-        problem.n,
-        problem.k,
-        0 if tail is None else tail.xa_SR.shape[1],
-        half,
-        rows.stride(0),
-        *w_ENK.stride(),
-        *((0, 0, 0) if b is None else b.stride()),
-        width,
-        num_n,
-        tiles,
-        threshold,
-        keep,
     )
-    _launcher("rows_kernel")((tiles * num_n, 1, 1), arguments, constants, warps, stages, w_ENK)
-    if dot is None:
-        return out
-    return RowsOut(out.out, dot_S=dot.sum(1), h_SF=out.h_SF)
+    return RowsOut(out, z, dot, h)
 
 
-@cache
-def _launcher(name: str) -> Launcher:
-    from turnout.experts import triton_kernels
-
-    return Launcher(getattr(triton_kernels, name))
-
-
-def _rows_of(a: Operand, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Rows with unit column stride, and the row map; a weighted operand is made (Llama 4 only)."""
-    rows, gather = a.rows, a.gather_S
-    if a.weight_S is not None:
-        rows = rows if gather is None else rows[gather]
-        rows, gather = (rows * a.weight_S[:, None]).to(dtype), None
-    rows = rows.to(dtype)
-    return (rows if rows.stride(1) == 1 else rows.contiguous()), gather
-
-
-def _allocate(
+def _no_rows(
     problem: GemmProblem,
     w_ENK: Tensor,
-    ragged: Ragged,
     dtype: torch.dtype,
     epilogue: Activate | ActivateBackward | None,
-) -> tuple[RowsOut, int]:
-    """Outputs (kept rows are all written, dropped rows never read) and the width of the first."""
-
-    def empty(width: int) -> Tensor:
-        return torch.empty(ragged.num_rows, width, dtype=dtype, device=w_ENK.device)
-
-    n = problem.n
+) -> RowsOut:
+    """Empty results of the right widths."""
+    n, z, dot, h = problem.n, None, None, None
     if isinstance(epilogue, Activate):
-        width = n // 2 if epilogue.activation.gated else n
-        return RowsOut(empty(width), z_SG=empty(n) if epilogue.keep_z else None), width
-    if isinstance(epilogue, ActivateBackward):
-        width = epilogue.z_SG.shape[1]
-        return RowsOut(empty(width), h_SF=empty(n) if epilogue.keep_h else None), width
-    width = adapter_intermediate(n, dtype, dtype)[0] if problem.narrow else n
-    return RowsOut(empty(width)), width
+        z = w_ENK.new_empty(0, n, dtype=dtype) if epilogue.keep_z else None
+        n = n // 2 if epilogue.activation.gated else n
+    elif epilogue is not None:
+        dot = w_ENK.new_empty(0, 1, dtype=torch.float32)
+        h = w_ENK.new_empty(0, n, dtype=dtype) if epilogue.keep_h else None
+        n = epilogue.z_SG.shape[1]
+    return RowsOut(w_ENK.new_empty(0, n, dtype=dtype), z, dot, h)
+
+
+def _rows_of(a: Operand, ragged: Ragged, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """Rows with unit column stride, and whether they are read by token.
+
+    A weighted operand is made (Llama 4 only)."""
+    rows, by_token = a.rows, a.by_token
+    if a.weight_TK is not None:
+        rows = rows[ragged.token_S] if by_token else rows
+        rows, by_token = rows * ragged.by_row(a.weight_TK)[:, None], False
+    return _plain(rows, dtype), by_token
+
+
+def _plain(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`, with contiguous columns; nothing is called where nothing is to be done."""
+    if rows.dtype != dtype:
+        rows = rows.to(dtype)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@lru_cache(maxsize=4096)
+def _gram_launch(
+    problem: GemmProblem,
+    device: torch.device,
+    top_k: int,
+    row_strides: tuple[int, int],
+    out_strides: tuple[int, ...],
+    flags: tuple[bool, bool, bool, bool, bool],
+    drop: tuple[int, int, float],
+) -> Launch:
+    from turnout.experts.triton_kernels import gram_kernel
+
+    config = gram_config(problem, device_of(device))
+    names = ("GATHER_A", "GATHER_B", "WEIGHT_A", "WEIGHT_B", "DROP_B")
+    tag, threshold, keep = drop
+    constants = {
+        "EXPERT_FIRST": config["EXPERT_FIRST"],
+        "TOP_K": top_k,
+        **dict(zip(names, flags, strict=True)),
+        "TAG": tag,
+        "PRECISION": "ieee" if problem.dtype == "float32" else "tf32",
+        "BLOCK_N": config["BLOCK_N"],
+        "BLOCK_K": config["BLOCK_K"],
+        "BLOCK_M": config["BLOCK_M"],
+    }
+    num_n = -(-problem.n // config["BLOCK_N"])
+    num_k = -(-problem.k // config["BLOCK_K"])
+    sizes = (problem.n, problem.k, *row_strides, *out_strides, num_n, num_k, problem.experts)
+    grid = (problem.experts * num_n * num_k, 1, 1)
+    warps, stages = config["num_warps"], config["num_stages"]
+    return Launch(gram_kernel, grid, (*sizes, threshold, keep), constants, warps, stages)
 
 
 def launch_gram(
@@ -285,52 +341,60 @@ def launch_gram(
     ragged: Ragged,
     out_ENK: Tensor,
     dtype: torch.dtype,
-    scale: float,
 ) -> None:
     """`turnout.experts.gemm.grouped_gram` on the GPU."""
     assert a.dropout is None
     if not ragged.num_rows:
+        out_ENK.zero_()
         return
-    config = gram_config(problem, device_of(out_ENK.device))
-    num_n, num_k = -(-problem.n // config["BLOCK_N"]), -(-problem.k // config["BLOCK_K"])
-    rows_a, rows_b = a.rows.to(dtype), b.rows.to(dtype)
-    rows_a = rows_a if rows_a.stride(1) == 1 else rows_a.contiguous()
-    rows_b = rows_b if rows_b.stride(1) == 1 else rows_b.contiguous()
-    seed, tag, threshold, keep = _dropout(b.dropout)
-    arguments = (
+    target = out_ENK
+    if 1 not in out_ENK.stride()[1:]:  # the experts are innermost, as in PEFT's B
+        shape = (problem.experts, problem.k, problem.n)
+        target = torch.empty(shape, dtype=out_ENK.dtype, device=out_ENK.device).transpose(1, 2)
+    product, made = problem, target
+    if problem.k < problem.n and problem.k <= 128 and b.dropout is None:
+        # the tensor cores like the narrow operand first; a row's weight goes to either
+        product, made = replace(problem, n=problem.k, k=problem.n), target.transpose(1, 2)
+        a, b = b, a
+        if a.weight_TK is None:
+            a, b = replace(a, weight_TK=b.weight_TK), replace(b, weight_TK=None)
+    rows_a, rows_b = _plain(a.rows, dtype), _plain(b.rows, dtype)
+    seed, *drop = _dropout(b.dropout)
+    flags = (
+        a.by_token,
+        b.by_token,
+        a.weight_TK is not None,
+        b.weight_TK is not None,
+        b.dropout is not None,
+    )
+    launch = _gram_launch(
+        product,
+        out_ENK.device,
+        ragged.top_k,
+        (rows_a.stride(0), rows_b.stride(0)),
+        made.stride(),
+        flags,
+        tuple(drop),
+    )
+    launch(
         rows_a,
         rows_b,
-        out_ENK,
-        a.gather_S,
-        b.gather_S,
-        a.weight_S,
-        b.weight_S,
+        made,
+        a.weight_TK,
+        b.weight_TK,
         ragged.slot_S,
         seed,
         ragged.offsets,
-        problem.n,
-        problem.k,
-        rows_a.stride(0),
-        rows_b.stride(0),
-        *out_ENK.stride(),
-        num_n,
-        num_k,
-        float(scale),
-        threshold,
-        keep,
     )
-    constants = {
-        "GATHER_A": a.gather_S is not None,
-        "GATHER_B": b.gather_S is not None,
-        "WEIGHT_A": a.weight_S is not None,
-        "WEIGHT_B": b.weight_S is not None,
-        "DROP_B": b.dropout is not None,
-        "TAG": tag,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "BLOCK_N": config["BLOCK_N"],
-        "BLOCK_K": config["BLOCK_K"],
-        "BLOCK_M": config["BLOCK_M"],
-    }
-    grid = (ragged.num_experts * num_n * num_k, 1, 1)
-    warps, stages = config["num_warps"], config["num_stages"]
-    _launcher("gram_kernel")(grid, arguments, constants, warps, stages, out_ENK)
+    if target is not out_ENK:
+        _spread_launch(*out_ENK.shape, *out_ENK.stride())(target, out_ENK)
+
+
+@lru_cache(maxsize=256)
+def _spread_launch(e: int, n: int, k: int, stride_e: int, stride_n: int, stride_k: int) -> Launch:
+    from turnout.experts.triton_movement import spread_kernel
+
+    block_e, block_n = min(128, max(4, power_of_2(e))), min(32, max(4, power_of_2(n)))
+    grid = (-(-n // block_n), -(-e // block_e), k)
+    constants = {"BLOCK_E": block_e, "BLOCK_N": block_n}
+    return Launch(spread_kernel, grid, (e, n, k, stride_e, stride_n, stride_k), constants, 4)

@@ -9,6 +9,7 @@ G = 2F gate and up (F without gate), R LoRA rank.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any, get_args
@@ -30,6 +31,7 @@ from turnout.experts.weights import (
 )
 from turnout.library import kernel_op
 from turnout.ragged import Ragged, num_tiles, tile_rows_of
+from turnout.replay import replayed
 from turnout.specs import (
     Activation,
     BackendName,
@@ -126,7 +128,6 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
         x.new_empty(x.shape),
         experts.new_empty(rows, dtype=torch.int64),
         experts.new_empty(experts.shape, dtype=torch.int64),
-        experts.new_empty(rows, dtype=torch.int64),
         experts.new_empty(num_experts + 1, dtype=torch.int32),
         experts.new_empty(2 if tiles else 0, tiles, dtype=torch.int32),
         x.new_empty(rows, width, dtype=dtype) if has_z else x.new_empty(0),
@@ -137,20 +138,28 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 @kernel_op(
     "expert_mlp_forward",
-    f"({_TENSORS}{_OPTIONS}, bool keep) -> ({', '.join(['Tensor'] * 9)})",
+    f"({_TENSORS}{_OPTIONS}, bool keep) -> ({', '.join(['Tensor'] * 8)})",
     _forward_fake,
 )
 def _forward(*args: Any) -> tuple[Tensor, ...]:
+    def function() -> tuple[Tensor, ...]:
+        return _run_forward(*args)
+
+    if args[0].is_cuda:
+        return tuple(replayed(("forward", *args[12:]), args[:12], function))
+    return function()
+
+
+def _run_forward(*args: Any) -> tuple[Tensor, ...]:
     x, experts, weights_TK = args[:3]
     job = _job(args[3:12], args[12:16])
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         out, saved = passes.forward(job, x, experts, weights_TK, keep=args[16])
     ragged = saved.ragged
     return (
         out,
         ragged.slot_S,
         ragged.row_TK,
-        ragged.token_S,
         ragged.offsets,
         x.new_empty(0, 0, dtype=torch.int32) if ragged.tiles is None else ragged.tiles,
         _or_empty(saved.z_SG, x),
@@ -159,8 +168,14 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def _backward_fake(dout: Tensor, slot: Tensor, row: Tensor, *args: Any) -> list[Tensor]:
-    needs, inputs = args[-1], args[6:]
+    needs, inputs = args[-1], args[5:]
     named = zip(_DIFFERENTIABLE, _differentiable(inputs), needs, strict=True)
     return [
         tensor.new_empty(tensor.shape) if name in ("x", "weights_TK") else torch.empty_like(tensor)
@@ -177,19 +192,28 @@ def _differentiable(inputs: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
 
 @kernel_op(
     "expert_mlp_backward",
-    "(Tensor dout, Tensor slot, Tensor row, Tensor token, Tensor offsets, Tensor tiles, Tensor z, "
+    "(Tensor dout, Tensor slot, Tensor row, Tensor offsets, Tensor tiles, Tensor z, "
     f"Tensor xa_up, Tensor xa_down, {_TENSORS}{_OPTIONS}, bool[] needs) -> Tensor[]",
     _backward_fake,
 )
-def _backward(dout: Tensor, slot: Tensor, row: Tensor, *args: Any) -> list[Tensor]:
-    token, offsets, tiles, z, xa_up, xa_down, *inputs, flags = args
+def _backward(*args: Any) -> list[Tensor]:
+    def function() -> list[Tensor]:
+        return _run_backward(*args)
+
+    if args[0].is_cuda:
+        key = ("backward", *args[20:24], tuple(args[24]))
+        return list(replayed(key, args[:20], function))
+    return function()
+
+
+def _run_backward(dout: Tensor, slot: Tensor, row: Tensor, *args: Any) -> list[Tensor]:
+    offsets, tiles, z, xa_up, xa_down, *inputs, flags = args
     x, experts, weights_TK = inputs[:3]
     job = _job(tuple(inputs[3:12]), tuple(inputs[12:16]))
     saved = passes.Saved(
         Ragged(
             slot_S=slot,
             row_TK=row,
-            token_S=token,
             offsets=offsets,
             tiles=_or_none(tiles, tiles.numel() > 0),
             tile_rows=tile_rows_of(slot.numel(), offsets.numel() - 1),
@@ -199,10 +223,10 @@ def _backward(dout: Tensor, slot: Tensor, row: Tensor, *args: Any) -> list[Tenso
         _or_none(xa_down, job.lora.down is not None),
     )
     needs = passes.Needs(*flags)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         grads = passes.backward(job, saved, needs, x, experts, weights_TK, dout)
     named = zip(_DIFFERENTIABLE, _differentiable(tuple(inputs)), flags, strict=True)
-    return [grads[n].to(t.dtype) for n, t, need in named if need and t is not None]
+    return [passes.as_dtype(grads[n], t.dtype) for n, t, need in named if need and t is not None]
 
 
 class _ExpertMlp(torch.autograd.Function):

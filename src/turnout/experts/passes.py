@@ -2,19 +2,20 @@
 
 Forward, for the rows of expert e (row r is slot s, token t):
 
-    xa_up = x A_up^T            z = x W_up^T + b_up + s_up * xa_up B_up^T       h = act(z)
-    xa_dn = h A_dn^T            y = h W_dn^T + b_dn + s_dn * xa_dn B_dn^T
+    xa_up = s_up * x A_up^T     z = x W_up^T + b_up + xa_up B_up^T       h = act(z)
+    xa_dn = s_dn * h A_dn^T     y = h W_dn^T + b_dn + xa_dn B_dn^T
     out[t] = sum over k of w[t, k] * y
 
-Backward, from dout (T, H), in one pass over the rows of d = dout[t] W_dn + s_dn * (dout[t] B_dn)
-A_dn:
+Backward, from dout (T, H), in one pass over the rows of d = dout[t] W_dn + db_dn A_dn with
+db_dn = s_dn * dout[t] B_dn:
 
     dz = w * d * act'(z)        dw = <d, act(z)> + <dout[t], b_dn>        hw = w * act(z)
 
-so y is neither kept nor rebuilt. Then dx = sum over k of (dz W_up + s_up * (dz B_up) A_up), and the
-weight gradients are grouped Gram products: dA_up = s_up (dz B_up)^T x, dB_up = s_up dz^T xa_up,
-dA_dn = s_dn (dout B_dn)^T hw, dB_dn = s_dn dout^T (w xa_dn). Saved: x (shared with the caller), z
-(or nothing), xa_up, xa_dn, the routing. With `weight_on_input` the weight moves from y to x.
+so y is neither kept nor rebuilt. Then, with db_up = s_up * dz B_up,
+dx = sum over k of (dz W_up + db_up A_up), and the weight gradients are grouped Gram products:
+dA_up = db_up^T x, dB_up = dz^T xa_up, dA_dn = db_dn^T hw, dB_dn = w dout^T xa_dn. Saved: x (shared
+with the caller), z (or nothing), xa_up, xa_dn, the routing. With `weight_on_input` the weight moves
+from y to x.
 
 Legend: T tokens, K experts per token, S = T*K rows, E experts, H hidden, F intermediate,
 G = 2F gate and up (F without gate), R LoRA rank.
@@ -27,11 +28,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turnout.experts.combine import bias_dots, combine, row_dots
+from turnout.experts.combine import SlotDots, combine, combine_and_dots, row_dots, slot_dots
 from turnout.experts.dropout import Dropout
-from turnout.experts.gemm import adapter_intermediate, grouped_gemm, grouped_gram
-from turnout.experts.operands import Activate, ActivateBackward, Operand, Tail
-from turnout.experts.weights import ExpertWeights, Lora, LoraWeights, down_EHF, gate_up_EGH
+from turnout.experts.gemm import factors, grouped_gemm, grouped_gram
+from turnout.experts.operands import Activate, ActivateBackward, Factors, Operand, RowsOut, Tail
+from turnout.experts.weights import ExpertWeights, LoraWeights, down_EHF, gate_up_EGH
 from turnout.ragged import Ragged, sort_by_expert
 from turnout.specs import ExpertSpec
 
@@ -51,13 +52,6 @@ class Job:
 
     def drop(self, tag: int) -> Dropout | None:
         return None if self.seed is None else Dropout(self.dropout, self.seed, tag)
-
-    def lora_dtype(self, lora: Lora) -> torch.dtype:
-        """What the adapter's products are computed in."""
-        device = lora.a_ERI.device
-        return adapter_intermediate(lora.rank, lora.a_ERI.dtype, self.dtype, device, self.backend)[
-            1
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,35 +93,50 @@ class Needs:
         return self.dz or self.hw or self.weights_TK
 
 
-def _b_ENR(lora: Lora) -> Tensor:
-    return lora.b_ORE.permute(2, 0, 1)
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t.to(dtype)`; nothing is called where nothing is to be done."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
-def _narrow(a: Operand, lora: Lora, job: Job, ragged: Ragged) -> Tensor:
-    """(S, R): the rows times A^T."""
-    dtype = job.lora_dtype(lora)
-    return grouped_gemm(a, lora.a_ERI, ragged, dtype=dtype, narrow=True, backend=job.backend).out
+def _factors(
+    job: Job, *, backward: bool, up: bool = True, down: bool = True
+) -> tuple[Factors | None, Factors | None]:
+    """The adapters of the two projections, where there are any and they are asked for."""
+    w_up, w_down = gate_up_EGH(job.weights, job.spec), down_EHF(job.weights, job.spec)
+    if backward:
+        w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
+    asked = [
+        (job.lora.gate_up if up else None, w_up),
+        (job.lora.down if down else None, w_down),
+    ]
+    adapters = [(lora, w) for lora, w in asked if lora is not None]
+    made = iter(factors(adapters, job.dtype, backward=backward, backend=job.backend))
+    first, second = [None if lora is None else next(made) for lora, _ in asked]
+    return first, second
 
 
-def _narrow_back(a: Operand, lora: Lora, job: Job, ragged: Ragged) -> Tensor:
-    """(S, R): gradient rows times B."""
-    dtype, w_ERO = job.lora_dtype(lora), lora.b_ORE.permute(2, 1, 0)
-    return grouped_gemm(a, w_ERO, ragged, dtype=dtype, narrow=True, backend=job.backend).out
+def _narrow(a: Operand, parts: Factors, job: Job, ragged: Ragged) -> Tensor:
+    """(S, R): the rows through the adapter's first factor, scaled."""
+    return grouped_gemm(
+        a,
+        parts.narrow_ERK,
+        ragged,
+        dtype=parts.dtype,
+        narrow=True,
+        scale=parts.scaling,
+        backend=job.backend,
+    ).out
 
 
-def _input(job: Job, x: Tensor, weights_TK: Tensor, ragged: Ragged, tag: int | None) -> Operand:
+def _input(job: Job, x: Tensor, weights_TK: Tensor, tag: int | None) -> Operand:
     """The up projection's rows; `tag` asks for the adapter's masked ones."""
-    weight_S = ragged.by_row(weights_TK) if job.spec.weight_on_input else None
-    return Operand(x, ragged.token_S, weight_S, None if tag is None else job.drop(tag))
+    weight_TK = weights_TK if job.spec.weight_on_input else None
+    return Operand(x, True, weight_TK, None if tag is None else job.drop(tag))
 
 
 def _up(
-    job: Job, x: Operand, xa: Tensor | None, ragged: Ragged, epilogue: Activate | None
+    job: Job, x: Operand, tail: Tail | None, ragged: Ragged, epilogue: Activate | None
 ) -> tuple[Tensor, Tensor | None]:
-    lora = job.lora.gate_up
-    tail = None
-    if lora is not None and xa is not None:
-        tail = Tail(xa, _b_ENR(lora), lora.scaling)
     out = grouped_gemm(
         x,
         gate_up_EGH(job.weights, job.spec),
@@ -145,19 +154,20 @@ def forward(
     job: Job, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor, keep: bool
 ) -> tuple[Tensor, Saved]:
     """out (T, H) in x's dtype, and what the backward pass needs."""
-    x = x_TH.to(job.dtype)
+    x = as_dtype(x_TH, job.dtype)
     ragged = sort_by_expert(experts_TK, job.weights.gate_up.shape[0])
-    up, down = job.lora.gate_up, job.lora.down
-    xa_up = xa_down = None
+    up, down = _factors(job, backward=False)
+    xa_up = xa_down = tail = None
     if up is not None:
-        xa_up = _narrow(_input(job, x, weights_TK, ragged, 0), up, job, ragged)
+        xa_up = _narrow(_input(job, x, weights_TK, 0), up, job, ragged)
+        tail = Tail(xa_up, up.tail_ENR)
     keep_z = keep and not job.recompute
     epilogue = Activate(job.spec.activation, keep_z)
-    h, z = _up(job, _input(job, x, weights_TK, ragged, None), xa_up, ragged, epilogue)
+    h, z = _up(job, _input(job, x, weights_TK, None), tail, ragged, epilogue)
     tail = None
     if down is not None:
         xa_down = _narrow(Operand(h, dropout=job.drop(1)), down, job, ragged)
-        tail = Tail(xa_down, _b_ENR(down), down.scaling)
+        tail = Tail(xa_down, down.tail_ENR)
     y = grouped_gemm(
         Operand(h),
         down_EHF(job.weights, job.spec),
@@ -182,45 +192,78 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names, by name."""
     grads: dict[str, Tensor] = {}
-    ragged, x, dout = saved.ragged, x_TH.to(job.dtype), dout_TH.to(job.dtype)
+    x, dout = as_dtype(x_TH, job.dtype), as_dtype(dout_TH, job.dtype)
+    weights_TK = weights_TK.contiguous()
     on_input = job.spec.weight_on_input
-    weight_S = ragged.by_row(weights_TK)
-    dy = Operand(dout, ragged.token_S)
-    dy_weighted = dy if on_input else Operand(dout, ragged.token_S, weight_S)
-    down = job.lora.down
-    dyb = dz = hw = None
+    with_up = needs.x or needs.a_up or (on_input and needs.weights_TK)
+    up, down = _factors(job, backward=True, up=with_up, down=needs.d)
+    db = dz = hw = dots = None
     if needs.d:
-        dyb = None if down is None else _narrow_back(dy, down, job, ragged)
-        z = saved.z_SG
-        if z is None:
-            rows = _input(job, x, weights_TK, ragged, None)
-            z, _ = _up(job, rows, saved.xa_up_SR, ragged, None)
-        tail = None
-        if down is not None and dyb is not None:
-            tail = Tail(dyb, down.a_ERI.transpose(1, 2), down.scaling, job.drop(1))
-        first = grouped_gemm(
-            dy,
-            down_EHF(job.weights, job.spec).transpose(1, 2),
-            ragged,
-            dtype=job.dtype,
-            tail=tail,
-            epilogue=ActivateBackward(
-                job.spec.activation, z, None if on_input else weight_S, keep_h=needs.hw
-            ),
-            backend=job.backend,
-        )
+        db, first = _hidden_grads(job, saved, needs, x, weights_TK, dout, down)
         dz, hw = first.out, first.h_SF
         if needs.weights_TK and not on_input:
-            assert first.dot_S is not None
-            dweights = ragged.by_slot(first.dot_S)
-            if job.weights.down_bias is not None:
-                dweights = dweights + bias_dots(dout, job.weights.down_bias, experts_TK, ragged)
-            grads["weights_TK"] = dweights
-    _down_grads(job, saved, needs, dy_weighted, dyb, hw, grads)
+            assert first.dot_SP is not None
+            bias = job.weights.down_bias
+            dots = SlotDots(first.dot_SP, dout, bias, experts_TK, weights_TK.dtype)
+    dy = Operand(dout, True, None if on_input else weights_TK)
+    _down_grads(job, saved, needs, dy, db, hw, grads)
+    del db, hw
     if needs.dz or (on_input and needs.weights_TK):
         assert dz is not None
-        _up_grads(job, saved, needs, x, weights_TK, dz, grads)
+        _up_grads(job, saved, needs, x, weights_TK, dz, up, dots, grads)
+    if dots is not None and "weights_TK" not in grads:
+        grads["weights_TK"] = slot_dots(dots, saved.ragged)
     return grads
+
+
+def _hidden_grads(
+    job: Job,
+    saved: Saved,
+    needs: Needs,
+    x: Tensor,
+    weights_TK: Tensor,
+    dout: Tensor,
+    down: Factors | None,
+) -> tuple[Tensor | None, RowsOut]:
+    """db_dn, and dz, the dot products and (when asked) hw."""
+    ragged, on_input = saved.ragged, job.spec.weight_on_input
+    dy = Operand(dout, True)
+    db = tail = None
+    if down is not None:
+        db = _narrow(dy, down, job, ragged)
+        tail = Tail(db, down.tail_ENR, job.drop(1))
+    z = saved.z_SG
+    if z is None:
+        z = _pre_activation(job, saved, x, weights_TK)
+    out = grouped_gemm(
+        dy,
+        down_EHF(job.weights, job.spec).transpose(1, 2),
+        ragged,
+        dtype=job.dtype,
+        tail=tail,
+        epilogue=ActivateBackward(
+            job.spec.activation, z, None if on_input else weights_TK, keep_h=needs.hw
+        ),
+        backend=job.backend,
+    )
+    return db, out
+
+
+def _pre_activation(job: Job, saved: Saved, x: Tensor, weights_TK: Tensor) -> Tensor:
+    """z again, by the products of the forward pass."""
+    up, _ = _factors(job, backward=False, down=False)
+    tail = None
+    if up is not None:
+        assert saved.xa_up_SR is not None
+        tail = Tail(saved.xa_up_SR, up.tail_ENR)
+    z, _ = _up(job, _input(job, x, weights_TK, None), tail, saved.ragged, None)
+    return z
+
+
+def _gram(
+    job: Job, a: Operand, b: Operand, ragged: Ragged, out_ENK: Tensor, dtype: torch.dtype
+) -> None:
+    grouped_gram(a, b, ragged, out_ENK, dtype=dtype, backend=job.backend)
 
 
 def _down_grads(
@@ -228,7 +271,7 @@ def _down_grads(
     saved: Saved,
     needs: Needs,
     dy: Operand,
-    dyb: Tensor | None,
+    db: Tensor | None,
     hw: Tensor | None,
     grads: dict[str, Tensor],
 ) -> None:
@@ -239,41 +282,25 @@ def _down_grads(
     ragged, lora = saved.ragged, job.lora.down
     if needs.down:
         assert hw is not None
-        grads["down"] = torch.zeros_like(job.weights.down)
+        grads["down"] = torch.empty_like(job.weights.down)
         out = down_EHF(ExpertWeights(job.weights.gate_up, grads["down"]), job.spec)
-        plain = Operand(dy.rows, dy.gather_S)
-        grouped_gram(plain, Operand(hw), ragged, out, dtype=job.dtype, backend=job.backend)
+        _gram(job, Operand(dy.rows, True), Operand(hw), ragged, out, job.dtype)
     if needs.down_bias:
         assert job.weights.down_bias is not None
         grads["down_bias"] = _row_sums(dy, ragged, job.weights.down_bias, job)
-    if lora is None:
-        return
-    dtype = job.lora_dtype(lora)
     if needs.a_down:
-        assert dyb is not None
+        assert lora is not None
+        assert db is not None
         assert hw is not None
-        grads["a_down"] = torch.zeros_like(lora.a_ERI)
-        grouped_gram(
-            Operand(dyb),
-            Operand(hw, dropout=job.drop(1)),
-            ragged,
-            grads["a_down"],
-            dtype=dtype,
-            scale=lora.scaling,
-            backend=job.backend,
-        )
+        grads["a_down"] = out = torch.empty_like(lora.a_ERI)
+        masked = Operand(hw, dropout=job.drop(1))
+        _gram(job, Operand(db), masked, ragged, out, db.dtype)
     if needs.b_down:
+        assert lora is not None
         assert saved.xa_down_SR is not None
-        grads["b_down"] = torch.zeros_like(lora.b_ORE)
-        grouped_gram(
-            dy,
-            Operand(saved.xa_down_SR),
-            ragged,
-            grads["b_down"].permute(2, 0, 1),
-            dtype=dtype,
-            scale=lora.scaling,
-            backend=job.backend,
-        )
+        grads["b_down"] = out = torch.empty_like(lora.b_ORE)
+        xa = Operand(saved.xa_down_SR)
+        _gram(job, dy, xa, ragged, out.permute(2, 0, 1), xa.rows.dtype)
 
 
 def _up_grads(
@@ -283,69 +310,58 @@ def _up_grads(
     x: Tensor,
     weights_TK: Tensor,
     dz: Tensor,
+    up: Factors | None,
+    dots: SlotDots | None,
     grads: dict[str, Tensor],
 ) -> None:
-    """Gradients of x, of the up projection, its bias and its adapter."""
+    """Gradients of x, of the up projection, its bias and its adapter.
+
+    Those of the routing weights (`dots`) come in the launch that sums x's.
+    """
     ragged, lora = saved.ragged, job.lora.gate_up
-    rows = _input(job, x, weights_TK, ragged, None)
-    dzb = None
+    w_EHG = gate_up_EGH(job.weights, job.spec).transpose(1, 2)
+    db = tail = None
     dx = needs.x or (needs.weights_TK and job.spec.weight_on_input)
-    if lora is not None and (dx or needs.a_up):
-        dzb = _narrow_back(Operand(dz), lora, job, ragged)
+    if up is not None:
+        db = _narrow(Operand(dz), up, job, ragged)
+        tail = Tail(db, up.tail_ENR, job.drop(0))
     if dx:
-        tail = None
-        if lora is not None and dzb is not None:
-            tail = Tail(dzb, lora.a_ERI.transpose(1, 2), lora.scaling, job.drop(0))
-        w_EHG = gate_up_EGH(job.weights, job.spec).transpose(1, 2)
         dx_SH = grouped_gemm(
             Operand(dz), w_EHG, ragged, dtype=job.dtype, tail=tail, backend=job.backend
         ).out
-        if needs.x:
+        if needs.x and dots is not None:
+            grads["x"], grads["weights_TK"] = combine_and_dots(dx_SH, ragged, dots)
+        elif needs.x:
             factor = weights_TK if job.spec.weight_on_input else None
             grads["x"] = combine(dx_SH, ragged, factor, dx_SH.dtype)
         if needs.weights_TK and job.spec.weight_on_input:
             grads["weights_TK"] = row_dots(dx_SH, x, ragged)
+        del dx_SH
     if needs.gate_up:
-        grads["gate_up"] = torch.zeros_like(job.weights.gate_up)
+        grads["gate_up"] = torch.empty_like(job.weights.gate_up)
         out = gate_up_EGH(ExpertWeights(grads["gate_up"], job.weights.down), job.spec)
-        grouped_gram(Operand(dz), rows, ragged, out, dtype=job.dtype, backend=job.backend)
+        _gram(job, Operand(dz), _input(job, x, weights_TK, None), ragged, out, job.dtype)
     if needs.gate_up_bias:
         assert job.weights.gate_up_bias is not None
         grads["gate_up_bias"] = _row_sums(Operand(dz), ragged, job.weights.gate_up_bias, job)
-    if lora is None:
-        return
-    dtype = job.lora_dtype(lora)
     if needs.a_up:
-        assert dzb is not None
-        grads["a_up"] = torch.zeros_like(lora.a_ERI)
-        masked = _input(job, x, weights_TK, ragged, 0)
-        grouped_gram(
-            Operand(dzb),
-            masked,
-            ragged,
-            grads["a_up"],
-            dtype=dtype,
-            scale=lora.scaling,
-            backend=job.backend,
-        )
+        assert lora is not None
+        assert db is not None
+        grads["a_up"] = out = torch.empty_like(lora.a_ERI)
+        masked = _input(job, x, weights_TK, 0)
+        _gram(job, Operand(db), masked, ragged, out, db.dtype)
     if needs.b_up:
+        assert lora is not None
         assert saved.xa_up_SR is not None
-        grads["b_up"] = torch.zeros_like(lora.b_ORE)
-        grouped_gram(
-            Operand(dz),
-            Operand(saved.xa_up_SR),
-            ragged,
-            grads["b_up"].permute(2, 0, 1),
-            dtype=dtype,
-            scale=lora.scaling,
-            backend=job.backend,
-        )
+        grads["b_up"] = out = torch.empty_like(lora.b_ORE)
+        xa = Operand(saved.xa_up_SR)
+        _gram(job, Operand(dz), xa, ragged, out.permute(2, 0, 1), xa.rows.dtype)
 
 
 def _row_sums(a: Operand, ragged: Ragged, bias_EN: Tensor, job: Job) -> Tensor:
     """(E, N) sums of the rows of each expert: a Gram product with a column of ones."""
-    out = torch.zeros_like(bias_EN)
+    out = torch.empty_like(bias_EN)
     ones = Operand(out.new_ones(ragged.num_rows, 1, dtype=job.dtype))
     wide = torch.promote_types(job.dtype, torch.float32)
-    grouped_gram(a, ones, ragged, out.unsqueeze(-1), dtype=wide, backend=job.backend)
+    _gram(job, a, ones, ragged, out.unsqueeze(-1), wide)
     return out

@@ -23,12 +23,11 @@ def _columns(pid_n, HALF, BLOCK_N: tl.constexpr, PAIRED: tl.constexpr):
     return pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def rows_kernel(
     a_ptr,
     w_ptr,
     out_ptr,
-    gather_ptr,
     bias_ptr,
     xa_ptr,
     b_ptr,
@@ -38,8 +37,7 @@ def rows_kernel(
     weight_ptr,
     slot_ptr,
     seed_ptr,
-    tile_expert_ptr,
-    tile_row_ptr,
+    tiles_ptr,
     offsets_ptr,
     N,
     K,
@@ -54,11 +52,14 @@ def rows_kernel(
     stride_br,
     stride_om,
     num_n,
-    num_tiles,
+    scale,
     threshold,
     keep_scale,
+    num_tiles,
     EPILOGUE: tl.constexpr,
     GATHER: tl.constexpr,
+    TOP_K: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TAIL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -84,30 +85,28 @@ def rows_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes out[row] = EPILOGUE(a[row] @ w[e]^T + bias[e] + xa[row] @ b[e]^T) for one tile.
+    """Computes EPILOGUE(scale * a[row] @ w[e]^T + bias[e] + xa[row] @ b[e]^T) for one tile.
 
-    Grid: (row tiles * column tiles), in groups of GROUP row tiles with the row fastest: the
-        programs
+    Grid: (row tiles * column tiles), in groups of GROUP row tiles with the row fastest: programs
     that run together share a few column tiles of few experts' weights, which then stay in L2.
-    Assumes: rows of one tile belong to one expert; b carries the scaling; R is a multiple of 16.
-    Cost: 2 S N (K + R) FLOPs; S K + E N K + S N elements, each once if L2 holds an expert's
-        weights.
+    Assumes: rows of one tile belong to one expert; xa carries the scaling; R is a multiple of 16.
+    Cost: 2 S N (K + R) FLOPs; S K + E N K + S N elements, each once if L2 holds an expert.
     """
     pid = tl.program_id(0)
     group = pid // (GROUP * num_n)
     in_group = pid % (GROUP * num_n)
     rows_in_group = tl.minimum(GROUP, num_tiles - group * GROUP)
     tile, pid_n = group * GROUP + in_group % rows_in_group, in_group // rows_in_group
-    expert = tl.load(tile_expert_ptr + tile)
+    expert = tl.load(tiles_ptr + tile)
     if expert < 0:
         return
-    first = tl.load(tile_row_ptr + tile)
+    first = tl.load(tiles_ptr + num_tiles + tile)
     last = tl.load(offsets_ptr + expert + 1)
     row = first + tl.arange(0, BLOCK_M)
     mask_m = row < last
     row64 = row.to(tl.int64)
     if GATHER:
-        source = tl.load(gather_ptr + row64, mask=mask_m, other=0)
+        source = tl.load(slot_ptr + row64, mask=mask_m, other=0) // TOP_K
     else:
         source = tl.where(mask_m, row64, 0)
     expert64 = expert.to(tl.int64)
@@ -163,8 +162,10 @@ def rows_kernel(
             slot = tl.load(slot_ptr + row64, mask=mask_m, other=0)
             seed = tl.load(seed_ptr)
             a = (a * dropout_factor(slot, k, seed, TAG, threshold, keep_scale)).to(a.dtype)
-        if PRECISION == "ieee":  # a sum per step keeps float32 chains short
-            acc += tl.dot(a, w.to(a.dtype), input_precision=PRECISION)
+        if PRECISION == "ieee":
+            # a sum per step keeps float32 chains short; `acc +=` would be folded into the dot
+            part = tl.dot(a, w.to(a.dtype), input_precision=PRECISION)
+            acc = tl.fma(part, tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32), acc)
         else:
             acc = tl.dot(a, w.to(a.dtype), acc, input_precision=PRECISION)
     if DROP_TAIL and HAS_TAIL:
@@ -178,16 +179,16 @@ def rows_kernel(
         slot = tl.load(slot_ptr + row64, mask=mask_m, other=0)
         seed = tl.load(seed_ptr)
         acc += update * dropout_factor(slot, column, seed, TAG, threshold, keep_scale)
+    if HAS_SCALE:
+        acc *= scale
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert64 * N + safe_n, mask=mask_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
 
     mask = mask_m[:, None] & mask_n[None, :]
     if EPILOGUE == "none":
-        # a padded output (adapter intermediates) is zero past N
-        value = tl.where(mask_n[None, :], acc, 0.0).to(out_ptr.dtype.element_ty)
         place = row64[:, None] * stride_om + column.to(tl.int64)[None, :]
-        tl.store(out_ptr + place, value, mask=mask_m[:, None] & (column < stride_om)[None, :])
+        tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=mask)
     elif EPILOGUE == "activate":
         if GATED:
             gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
@@ -210,35 +211,45 @@ def rows_kernel(
             if KEEP_Z:
                 tl.store(z_ptr + place, acc.to(z_ptr.dtype.element_ty), mask=mask)
     else:
-        # in quarters, so that z, h and dz of all columns are not live at once
+        # in quarters (eighths), so that z, h and dz of all columns are not live at once
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
         dot = tl.zeros([BLOCK_M], dtype=tl.float32)
         weight = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
         if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + row64, mask=mask_m, other=0.0).to(tl.float32)
+            slot = tl.load(slot_ptr + row64, mask=mask_m, other=0)
+            weight = tl.load(weight_ptr + slot, mask=mask_m, other=0.0).to(tl.float32)
+        cuts: tl.constexpr = 2 if INTERLEAVED and BLOCK_N >= 128 else 1
+        width: tl.constexpr = BLOCK_N // 4 // cuts
         for side in tl.static_range(2):
-            first_n = pid_n * BLOCK_N + side * (BLOCK_N // 2)
             one, two = _halves(left if side == 0 else right, BLOCK_M, BLOCK_N // 2)
-            for part in tl.static_range(2):
-                dot += _store_backward(
-                    one if part == 0 else two,
-                    first_n + part * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4),
-                    row64,
-                    mask_m,
-                    weight[:, None],
-                    z_ptr,
-                    out_ptr,
-                    h_ptr,
-                    N,
-                    ACT,
-                    ALPHA,
-                    LIMIT,
-                    AFTER,
-                    UP_OFFSET,
-                    GATED,
-                    INTERLEAVED,
-                    KEEP_H,
-                )
+            for quarter in tl.static_range(2):
+                d = one if quarter == 0 else two
+                if cuts == 2:
+                    d_left, d_right = _halves(d, BLOCK_M, BLOCK_N // 4)
+                for cut in tl.static_range(cuts):
+                    if cuts == 2:
+                        d = d_left if cut == 0 else d_right
+                    dot += _store_backward(
+                        d,
+                        pid_n * BLOCK_N + ((side * 2 + quarter) * cuts + cut) * width,
+                        row64,
+                        mask_m,
+                        weight[:, None],
+                        z_ptr,
+                        out_ptr,
+                        h_ptr,
+                        N,
+                        ACT,
+                        ALPHA,
+                        LIMIT,
+                        AFTER,
+                        UP_OFFSET,
+                        GATED,
+                        INTERLEAVED,
+                        KEEP_H,
+                        BLOCK_M,
+                        width,
+                    )
         tl.store(dot_ptr + row64 * num_n + pid_n, dot, mask=mask_m)
 
 
@@ -251,7 +262,7 @@ def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def _store_backward(
     d,
-    column,
+    first,
     row64,
     mask_m,
     weight,
@@ -267,23 +278,33 @@ def _store_backward(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     KEEP_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Stores dz and h of these columns from d, the gradient of h; returns the row sums of d * h."""
+    column = first + tl.arange(0, WIDTH)
     mask = mask_m[:, None] & (column < N)[None, :]
     at = row64[:, None] * N + column[None, :]
     if GATED:
         if INTERLEAVED:
-            z_at = row64[:, None] * (2 * N) + (2 * column)[None, :]
-            shift = 1
+            # gate and up lie side by side: one wide load or store, split in registers
+            both = 2 * first + tl.arange(0, 2 * WIDTH)
+            z_at = row64[:, None] * (2 * N) + both[None, :]
+            mask_z = mask_m[:, None] & (both < 2 * N)[None, :]
+            z = tl.load(z_ptr + z_at, mask=mask_z, other=0.0).to(tl.float32)
+            gate, up = tl.split(tl.reshape(z, [BLOCK_M, WIDTH, 2]))
         else:
             z_at = row64[:, None] * (2 * N) + column[None, :]
-            shift = N
-        gate = tl.load(z_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(z_ptr + z_at + shift, mask=mask, other=0.0).to(tl.float32)
+            gate = tl.load(z_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
+            up = tl.load(z_ptr + z_at + N, mask=mask, other=0.0).to(tl.float32)
         h, dgate, dup = glu_backward(gate, up, d, ACT, ALPHA, LIMIT, AFTER, UP_OFFSET)
         dgate, dup = dgate * weight, dup * weight
-        tl.store(out_ptr + z_at, dgate.to(out_ptr.dtype.element_ty), mask=mask)
-        tl.store(out_ptr + z_at + shift, dup.to(out_ptr.dtype.element_ty), mask=mask)
+        if INTERLEAVED:
+            dz = tl.reshape(tl.join(dgate, dup), [BLOCK_M, 2 * WIDTH])
+            tl.store(out_ptr + z_at, dz.to(out_ptr.dtype.element_ty), mask=mask_z)
+        else:
+            tl.store(out_ptr + z_at, dgate.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptr + z_at + N, dup.to(out_ptr.dtype.element_ty), mask=mask)
     else:
         z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
         h = act(z, ACT, ALPHA)
@@ -299,8 +320,6 @@ def gram_kernel(
     a_ptr,
     b_ptr,
     out_ptr,
-    gather_a_ptr,
-    gather_b_ptr,
     weight_a_ptr,
     weight_b_ptr,
     slot_ptr,
@@ -315,9 +334,11 @@ def gram_kernel(
     stride_ok,
     num_n,
     num_k,
-    scale,
+    E,
     threshold,
     keep_scale,
+    EXPERT_FIRST: tl.constexpr,
+    TOP_K: tl.constexpr,
     GATHER_A: tl.constexpr,
     GATHER_B: tl.constexpr,
     WEIGHT_A: tl.constexpr,
@@ -329,19 +350,22 @@ def gram_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Computes out[e, n, k] = scale * sum over the rows of e of a[row, n] * b[row, k], one tile.
+    """Computes out[e, n, k] = sum over the rows of e of a[row, n] * b[row, k], one tile.
 
-    Grid: (experts * n tiles * k tiles). The row loop is sequential, so the sum has a fixed order.
+    Grid: (experts * n tiles * k tiles), the expert fastest (EXPERT_FIRST) where gathered rows are
+    then shared in L2, else slowest, where the tiles of one expert share its rows. The row loop is
+    sequential, so the sum has a fixed order.
     Cost: 2 S N K FLOPs; S (N * k tiles + K * n tiles) + E N K elements.
     """
     pid = tl.program_id(0)
-    pid_k = pid % num_k
-    pid_n = (pid // num_k) % num_n
-    expert = pid // (num_k * num_n)
+    if EXPERT_FIRST:
+        expert, tile = pid % E, pid // E
+    else:
+        expert, tile = pid // (num_k * num_n), pid % (num_k * num_n)
     first = tl.load(offsets_ptr + expert)
     last = tl.load(offsets_ptr + expert + 1)
-    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    n = (tile // num_k) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = (tile % num_k) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_n, mask_k = n < N, k < K
     n64, k64 = n.to(tl.int64), k.to(tl.int64)
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
@@ -349,14 +373,10 @@ def gram_kernel(
         row = start + tl.arange(0, BLOCK_M)
         mask_m = row < last
         row64 = row.to(tl.int64)
-        if GATHER_A:
-            row_a = tl.load(gather_a_ptr + row64, mask=mask_m, other=0)
-        else:
-            row_a = row64
-        if GATHER_B:
-            row_b = tl.load(gather_b_ptr + row64, mask=mask_m, other=0)
-        else:
-            row_b = row64
+        if GATHER_A or GATHER_B or WEIGHT_A or WEIGHT_B or DROP_B:
+            slot = tl.load(slot_ptr + row64, mask=mask_m, other=0)
+        row_a = slot // TOP_K if GATHER_A else row64
+        row_b = slot // TOP_K if GATHER_B else row64
         a = tl.load(
             a_ptr + row_a[:, None] * stride_am + n64[None, :],
             mask=mask_m[:, None] & mask_n[None, :],
@@ -368,52 +388,19 @@ def gram_kernel(
             other=0.0,
         )
         if WEIGHT_A:
-            weight = tl.load(weight_a_ptr + row64, mask=mask_m, other=0.0).to(tl.float32)
+            weight = tl.load(weight_a_ptr + slot, mask=mask_m, other=0.0).to(tl.float32)
             a = (a * weight[:, None]).to(a.dtype)
         if WEIGHT_B:
-            weight = tl.load(weight_b_ptr + row64, mask=mask_m, other=0.0).to(tl.float32)
+            weight = tl.load(weight_b_ptr + slot, mask=mask_m, other=0.0).to(tl.float32)
             b = (b * weight[:, None]).to(b.dtype)
         if DROP_B:
-            slot = tl.load(slot_ptr + row64, mask=mask_m, other=0)
             seed = tl.load(seed_ptr)
             b = (b * dropout_factor(slot, k, seed, TAG, threshold, keep_scale)).to(b.dtype)
         if PRECISION == "ieee":
-            acc += tl.dot(tl.trans(a), b.to(a.dtype), input_precision=PRECISION)
+            part = tl.dot(tl.trans(a), b.to(a.dtype), input_precision=PRECISION)
+            acc = tl.fma(part, tl.full([BLOCK_N, BLOCK_K], 1.0, tl.float32), acc)
         else:
             acc = tl.dot(tl.trans(a), b.to(a.dtype), acc, input_precision=PRECISION)
     place = expert.to(tl.int64) * stride_oe + n64[:, None] * stride_on + k64[None, :] * stride_ok
-    value = (acc * scale).to(out_ptr.dtype.element_ty)
+    value = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place, value, mask=mask_n[:, None] & mask_k[None, :])
-
-
-@triton.jit
-def combine_kernel(
-    y_ptr,
-    row_ptr,
-    weight_ptr,
-    offsets_ptr,
-    out_ptr,
-    H,
-    E,
-    TOP_K: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """Computes out[t] = sum over k of weight[t, k] * y[row[t, k]], k in order, in float32.
-
-    Grid: (tokens, column blocks). Dropped slots (row past the kept rows) add nothing.
-    Cost: S H reads, T H writes.
-    """
-    token = tl.program_id(0).to(tl.int64)
-    h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
-    mask_h = h < H
-    kept = tl.load(offsets_ptr + E)
-    acc = tl.zeros([BLOCK_H], dtype=tl.float32)
-    for k in range(TOP_K):
-        row = tl.load(row_ptr + token * TOP_K + k)
-        value = tl.load(y_ptr + row * H + h, mask=mask_h & (row < kept), other=0.0).to(tl.float32)
-        if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + token * TOP_K + k).to(tl.float32)
-            value = value * tl.where(row < kept, weight, 0.0)
-        acc += value
-    tl.store(out_ptr + token * H + h, acc.to(out_ptr.dtype.element_ty), mask=mask_h)

@@ -13,19 +13,57 @@ import triton.language as tl
 
 
 @triton.jit
+def _clamp(x, low, high):
+    """x in low..high; a NaN stays one, as in PyTorch."""
+    nan: tl.constexpr = tl.PropagateNan.ALL
+    return tl.minimum(tl.maximum(x, low, propagate_nan=nan), high, propagate_nan=nan)
+
+
+@triton.jit
+def _below(x, high):
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _exp(x):
+    """e^x for x in -100..80 (clamped) to about 1 ulp: the hardware has 2^t alone, so the rounding
+    of t = x * log2(e) is made up for."""
+    x = _clamp(x, -100.0, 80.0)
+    log2e: tl.constexpr = 1.4426950408889634
+    log2e_low: tl.constexpr = 1.925963033500e-08
+    t = x * log2e
+    rest = tl.fma(x, log2e + tl.zeros_like(x), -t) + x * log2e_low
+    power = tl.exp2(t)
+    return tl.fma(power, rest * 0.6931471805599453, power)
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + e^-x), the quotient refined by one Newton step."""
+    below = 1.0 + _exp(-x)
+    inverse = 1.0 / below
+    return tl.fma(inverse, tl.fma(-below, inverse, 1.0 + tl.zeros_like(x)), inverse)
+
+
+@triton.jit
 def act(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
     """a(x)."""
     if ACT == "silu":
-        return x * tl.sigmoid(ALPHA * x)
+        return x * _sigmoid(ALPHA * x)
     elif ACT == "gelu":
         return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
     elif ACT == "gelu_tanh":
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        return x * tl.sigmoid(2.0 * inner)
+        return x * _sigmoid(2.0 * inner)
     elif ACT == "relu":
-        return tl.maximum(x, 0.0)
+        return _relu(x)
     elif ACT == "relu2":
-        positive = tl.maximum(x, 0.0)
+        positive = _relu(x)
         return positive * positive
     else:
         return x
@@ -35,20 +73,20 @@ def act(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
 def act_slope(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
     """a'(x)."""
     if ACT == "silu":
-        s = tl.sigmoid(ALPHA * x)
+        s = _sigmoid(ALPHA * x)
         return s * (1.0 + ALPHA * x * (1.0 - s))
     elif ACT == "gelu":
         cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
-        return cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        return cdf + x * _exp(-0.5 * x * x) * 0.3989422804014327
     elif ACT == "gelu_tanh":
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        s = tl.sigmoid(2.0 * inner)
+        s = _sigmoid(2.0 * inner)
         slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
         return s + x * 2.0 * s * (1.0 - s) * slope
     elif ACT == "relu":
         return tl.where(x > 0, 1.0, 0.0)
     elif ACT == "relu2":
-        return 2.0 * tl.maximum(x, 0.0)
+        return 2.0 * _relu(x)
     else:
         return x * 0.0 + 1.0
 
@@ -65,10 +103,10 @@ def glu(
 ):
     """h of the gated form."""
     if LIMIT > 0:
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        up = _clamp(up, -LIMIT, LIMIT)
         if AFTER:
-            return tl.minimum(act(gate, ACT, ALPHA), LIMIT) * (up + UP_OFFSET)
-        gate = tl.minimum(gate, LIMIT)
+            return _below(act(gate, ACT, ALPHA), LIMIT) * (up + UP_OFFSET)
+        gate = _below(gate, LIMIT)
     return act(gate, ACT, ALPHA) * (up + UP_OFFSET)
 
 
@@ -86,13 +124,13 @@ def glu_backward(
     """(h, dgate, dup) from the gradient d of h."""
     if LIMIT > 0:
         inside = (up >= -LIMIT) & (up <= LIMIT)
-        passed = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + UP_OFFSET
+        passed = _clamp(up, -LIMIT, LIMIT) + UP_OFFSET
         if AFTER:
             raw = act(gate, ACT, ALPHA)
-            gated = tl.minimum(raw, LIMIT)
+            gated = _below(raw, LIMIT)
             slope = tl.where(raw <= LIMIT, act_slope(gate, ACT, ALPHA), 0.0)
         else:
-            inner = tl.minimum(gate, LIMIT)
+            inner = _below(gate, LIMIT)
             gated = act(inner, ACT, ALPHA)
             slope = tl.where(gate <= LIMIT, act_slope(inner, ACT, ALPHA), 0.0)
         return gated * passed, d * passed * slope, tl.where(inside, d * gated, 0.0)

@@ -2,10 +2,9 @@
 
 from turnout.ragged.rows import (
     Ragged,
-    interpreting,
     num_tiles,
     sort_by_expert,
     tile_rows_of,
 )
 
-__all__ = ["Ragged", "interpreting", "num_tiles", "sort_by_expert", "tile_rows_of"]
+__all__ = ["Ragged", "num_tiles", "sort_by_expert", "tile_rows_of"]

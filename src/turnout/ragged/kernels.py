@@ -1,4 +1,6 @@
-"""Sorting slots by expert on the GPU: three launches, no host sync, stable and deterministic.
+"""Sorting slots by expert on the GPU: no host sync, stable and deterministic.
+
+Up to FEW slots take one launch of one program; more take three:
 
     1. count    per block of slots: how many go to each expert
     2. scan     over blocks and experts: first row of every (block, expert), offsets
@@ -14,50 +16,60 @@ Legend: S slots (rows), E experts (bucket E holds the dropped slots), B slots pe
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from turnout.launch import Launch
 from turnout.ragged.rows import num_tiles
 
 BLOCK = 1024
-_SCAN_BLOCKS = 32
+FEW = 1024
+_SCAN_ELEMENTS = 8192
+_TILE_ELEMENTS = 8192
 
 
 @triton.jit
+def _bucket(expert, E):
+    """The index as int32; E for whatever is not in 0..E-1 (judged before an int64 is narrowed)."""
+    return tl.where((expert < 0) | (expert >= E), E, expert).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["S", "blocks"])
 def _count_kernel(
-    experts_ptr, counts_ptr, starts_ptr, S, E, BLOCK: tl.constexpr, BUCKETS: tl.constexpr
+    experts_ptr, counts_ptr, E, S, blocks, BLOCK: tl.constexpr, BUCKETS: tl.constexpr
 ):
-    """Computes counts[block, e] and the exclusive sum over e. Grid: blocks of slots.
+    """Computes counts[block, e] and behind them the exclusive sums over e. Grid: blocks of slots.
 
     Assumes BUCKETS > E, a power of two. Cost: S reads, 2 * blocks * BUCKETS writes.
     """
     block = tl.program_id(0)
     offs = block * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(experts_ptr + offs, mask=offs < S, other=0).to(tl.int32)
-    expert = tl.where((expert < 0) | (expert >= E), E, expert)
+    expert = _bucket(tl.load(experts_ptr + offs, mask=offs < S, other=0), E)
     counts = tl.histogram(expert, BUCKETS, mask=offs < S)
     buckets = tl.arange(0, BUCKETS)
     place = block * BUCKETS + buckets
     tl.store(counts_ptr + place, counts)
-    tl.store(starts_ptr + place, tl.cumsum(counts, 0) - counts)
+    tl.store(counts_ptr + blocks * BUCKETS + place, tl.cumsum(counts, 0) - counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _scan_kernel(
-    counts_ptr,
-    starts_ptr,
     offsets_ptr,
-    blocks,
+    counts_ptr,
     E,
+    blocks,
     BUCKETS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Computes offsets; turns `starts` into the first row minus the place in the block.
+    """Computes offsets; turns the sums behind the counts into first row minus place in the block.
 
     Grid: one program. Cost: 3 * blocks * BUCKETS reads and writes.
     """
+    starts_ptr = counts_ptr + blocks * BUCKETS
     buckets = tl.arange(0, BUCKETS)
     total = tl.zeros([BUCKETS], tl.int32)
     for first in range(0, blocks, ROWS):
@@ -81,19 +93,19 @@ def _scan_kernel(
 
 @triton.jit
 def _tile_table(
-    offsets_ptr,
-    tile_expert_ptr,
-    tile_row_ptr,
+    tiles_ptr,
+    begins,
+    ends,
     tile,
     E,
     tiles,
     TILE_ROWS: tl.constexpr,
     BUCKETS: tl.constexpr,
 ):
-    """Stores expert and first row of these tiles; expert -1 past the last."""
+    """Stores expert (-1 past the last) and first row of these tiles, from the experts' rows."""
     buckets = tl.arange(0, BUCKETS)
-    begins = tl.load(offsets_ptr + buckets, mask=buckets < E, other=0)
-    ends = tl.load(offsets_ptr + buckets + 1, mask=buckets < E, other=0)
+    begins = tl.where(buckets < E, begins, 0)
+    ends = tl.where(buckets < E, ends, 0)
     count = (ends - begins + TILE_ROWS - 1) // TILE_ROWS
     past_last = tl.cumsum(count, 0)
     past = ((past_last[None, :] <= tile[:, None]) & (buckets < E)[None, :]).to(tl.int32)
@@ -103,23 +115,20 @@ def _tile_table(
     begin = tl.sum(chosen * begins[None, :], 1)
     first_tile = tl.sum(chosen * (past_last - count)[None, :], 1)
     row = begin + (tile - first_tile) * TILE_ROWS
-    tl.store(tile_expert_ptr + tile, tl.where(used, expert, -1), mask=tile < tiles)
-    tl.store(tile_row_ptr + tile, tl.where(used, row, 0), mask=tile < tiles)
+    tl.store(tiles_ptr + tile, tl.where(used, expert, -1), mask=tile < tiles)
+    tl.store(tiles_ptr + tiles + tile, tl.where(used, row, 0), mask=tile < tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "blocks", "tiles"])
 def _scatter_kernel(
     experts_ptr,
-    starts_ptr,
+    counts_ptr,
     slot_ptr,
     row_ptr,
-    token_ptr,
     offsets_ptr,
-    tile_expert_ptr,
-    tile_row_ptr,
-    S,
+    tiles_ptr,
     E,
-    TOP_K,
+    S,
     blocks,
     tiles,
     TILE_ROWS: tl.constexpr,
@@ -127,84 +136,121 @@ def _scatter_kernel(
     BLOCK: tl.constexpr,
     BUCKETS: tl.constexpr,
 ):
-    """Computes slot and token of each row, row of each slot; the last programs the tile table.
+    """Computes slot of each row and row of each slot; the last programs the tile table.
 
-    Grid: blocks of slots, then blocks of tiles. Cost: S reads, 3 S writes, 2 tiles writes.
+    Grid: blocks of slots, then blocks of tiles. Cost: S reads, 2 S writes, 2 tiles writes.
     """
     block = tl.program_id(0)
     if block >= blocks:
-        _tile_table(
-            offsets_ptr,
-            tile_expert_ptr,
-            tile_row_ptr,
-            (block - blocks) * TILE_BLOCK + tl.arange(0, TILE_BLOCK),
-            E,
-            tiles,
-            TILE_ROWS,
-            BUCKETS,
-        )
+        tile = (block - blocks) * TILE_BLOCK + tl.arange(0, TILE_BLOCK)
+        buckets = tl.arange(0, BUCKETS)
+        begins = tl.load(offsets_ptr + buckets, mask=buckets < E, other=0)
+        ends = tl.load(offsets_ptr + buckets + 1, mask=buckets < E, other=0)
+        _tile_table(tiles_ptr, begins, ends, tile, E, tiles, TILE_ROWS, BUCKETS)
         return
     local = tl.arange(0, BLOCK)
     offs = block * BLOCK + local
-    expert = tl.load(experts_ptr + offs, mask=offs < S, other=0).to(tl.int32)
-    expert = tl.where((expert < 0) | (expert >= E), E, expert)
+    expert = _bucket(tl.load(experts_ptr + offs, mask=offs < S, other=0), E)
     expert = tl.where(offs < S, expert, BUCKETS)
     key = tl.sort(expert * BLOCK + local)
     expert = key // BLOCK
     slot = block * BLOCK + key % BLOCK
     mask = expert < BUCKETS
+    starts_ptr = counts_ptr + blocks * BUCKETS
     start = tl.load(starts_ptr + block * BUCKETS + expert, mask=mask, other=0)
     row = start + local
     tl.store(slot_ptr + row, slot.to(tl.int64), mask=mask)
-    tl.store(token_ptr + row, (slot // TOP_K).to(tl.int64), mask=mask)
     tl.store(row_ptr + slot, row.to(tl.int64), mask=mask)
+
+
+@triton.jit(do_not_specialize=["S", "tiles"])
+def _sort_kernel(
+    experts_ptr,
+    slot_ptr,
+    row_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    E,
+    S,
+    tiles,
+    TILE_ROWS: tl.constexpr,
+    TILE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BUCKETS: tl.constexpr,
+):
+    """Computes everything for a few slots.
+
+    Grid: one program. Cost: 2 S reads, 2 S writes, 2 tiles writes.
+    """
+    local = tl.arange(0, BLOCK)
+    buckets = tl.arange(0, BUCKETS)
+    counts = tl.zeros([BUCKETS], tl.int32)
+    for first in range(0, S, BLOCK):
+        mask = first + local < S
+        expert = _bucket(tl.load(experts_ptr + first + local, mask=mask, other=0), E)
+        counts += tl.histogram(expert, BUCKETS, mask=mask)
+    ends = tl.cumsum(counts, 0)
+    begins = ends - counts
+    tl.store(offsets_ptr + buckets, begins, mask=buckets <= E)
+    for first in range(0, tiles, TILE_BLOCK):
+        tile = first + tl.arange(0, TILE_BLOCK)
+        _tile_table(tiles_ptr, begins, ends, tile, E, tiles, TILE_ROWS, BUCKETS)
+    running = begins
+    for first in range(0, S, BLOCK):
+        mask = first + local < S
+        expert = _bucket(tl.load(experts_ptr + first + local, mask=mask, other=0), E)
+        counts = tl.histogram(expert, BUCKETS, mask=mask)
+        # sorted by (expert, slot), a slot's place less its expert's first place is its rank
+        key = tl.sort(tl.where(mask, expert, BUCKETS) * BLOCK + local)
+        start = running - (tl.cumsum(counts, 0) - counts)
+        row = local + tl.gather(start, tl.minimum(key // BLOCK, BUCKETS - 1), 0)
+        slot = first + key % BLOCK
+        tl.store(slot_ptr + row, slot.to(tl.int64), mask=mask)
+        tl.store(row_ptr + slot, row.to(tl.int64), mask=mask)
+        running += counts
+
+
+@lru_cache(maxsize=1024)
+def _launches(rows: int, num_experts: int, tile_rows: int) -> tuple[int, tuple[Launch, ...]]:
+    """Blocks to count in, and what is launched: one, or count, scan and scatter."""
+    buckets = triton.next_power_of_2(num_experts + 1)
+    tiles = num_tiles(rows, num_experts, tile_rows)
+    block = max(16, min(BLOCK, triton.next_power_of_2(rows)))
+    sizes = {"BLOCK": block, "BUCKETS": buckets}
+    tile_block = max(1, min(32, _TILE_ELEMENTS // buckets))
+    table = {"TILE_ROWS": tile_rows, "TILE_BLOCK": tile_block, **sizes}
+    if rows <= FEW:
+        return 0, (Launch(_sort_kernel, (1, 1, 1), (num_experts, rows, tiles), table, 4),)
+    blocks = triton.cdiv(rows, block)
+    scan = {"BUCKETS": buckets, "ROWS": max(1, min(32, _SCAN_ELEMENTS // buckets))}
+    grid = (blocks + triton.cdiv(tiles, tile_block), 1, 1)
+    return blocks, (
+        Launch(_count_kernel, (blocks, 1, 1), (num_experts, rows, blocks), sizes, 4),
+        Launch(_scan_kernel, (1, 1, 1), (num_experts, blocks), scan, 8),
+        Launch(_scatter_kernel, grid, (num_experts, rows, blocks, tiles), table, 4),
+    )
 
 
 def launch_sort(
     experts_TK: Tensor, num_experts: int, tile_rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """slot_S, row_TK, token_S, offsets and the tile table; S must be at least 1."""
-    flat = experts_TK.reshape(-1).contiguous()
-    rows, device = flat.numel(), flat.device
-    blocks, buckets = triton.cdiv(rows, BLOCK), triton.next_power_of_2(num_experts + 1)
-    tiles = num_tiles(rows, num_experts, tile_rows)
-    scratch = torch.empty(2, blocks, buckets, dtype=torch.int32, device=device)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """slot_S, row_TK, offsets and the tile table; S must be at least 1."""
+    if not experts_TK.is_contiguous():
+        experts_TK = experts_TK.contiguous()
+    rows, device = experts_TK.numel(), experts_TK.device
+    blocks, launches = _launches(rows, num_experts, tile_rows)
     slot_S = torch.empty(rows, dtype=torch.int64, device=device)
-    token_S = torch.empty(rows, dtype=torch.int64, device=device)
     row_TK = torch.empty(experts_TK.shape, dtype=torch.int64, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    tiles = num_tiles(rows, num_experts, tile_rows)
     table = torch.empty(2, tiles, dtype=torch.int32, device=device)
-    sizes = {"BLOCK": BLOCK, "BUCKETS": buckets}
-    _count_kernel[(blocks,)](flat, scratch[0], scratch[1], rows, num_experts, **sizes, num_warps=4)
-    scan_rows = max(1, min(_SCAN_BLOCKS, 8192 // buckets))
-    _scan_kernel[(1,)](
-        scratch[0],
-        scratch[1],
-        offsets,
-        blocks,
-        num_experts,
-        BUCKETS=buckets,
-        ROWS=scan_rows,
-        num_warps=8,
-    )
-    tile_block = max(1, min(32, 8192 // buckets))
-    _scatter_kernel[(blocks + triton.cdiv(tiles, tile_block),)](
-        flat,
-        scratch[1],
-        slot_S,
-        row_TK,
-        token_S,
-        offsets,
-        table[0],
-        table[1],
-        rows,
-        num_experts,
-        experts_TK.shape[1],
-        blocks,
-        tiles,
-        TILE_ROWS=tile_rows,
-        TILE_BLOCK=tile_block,
-        **sizes,
-        num_warps=4,
-    )
-    return slot_S, row_TK, token_S, offsets, table
+    if not blocks:
+        launches[0](experts_TK, slot_S, row_TK, offsets, table)
+        return slot_S, row_TK, offsets, table
+    count, scan, scatter = launches
+    buckets = scan.constants["BUCKETS"]
+    counts = torch.empty(2, blocks, buckets, dtype=torch.int32, device=device)
+    count(experts_TK, counts)
+    scan(offsets, counts)
+    scatter(experts_TK, counts, slot_S, row_TK, offsets, table)
+    return slot_S, row_TK, offsets, table

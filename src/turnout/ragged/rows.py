@@ -1,8 +1,7 @@
 """Rows sorted by expert: offsets, row map and its inverse.
 
 A slot is one (token, choice) pair, numbered s = t*K + k. A row is a slot's place after a stable
-sort
-by expert, so the rows of one expert are contiguous and in slot order:
+sort by expert, so the rows of one expert are contiguous and in slot order:
 
     rows of expert e = [offsets[e], offsets[e+1])        kept rows = offsets[E]
 
@@ -15,12 +14,13 @@ Legend: T tokens, K experts per token, S = T*K rows, E experts.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from turnout.launch import interpreting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,6 @@ class Ragged:
     Attributes:
         slot_S: row to slot, int64.
         row_TK: slot to row, int64.
-        token_S: row to token, int64.
         offsets: (E + 1,) int32, first row of each expert; the last entry counts the kept rows.
         tiles: (2, tiles) int32, expert (-1 past the last) and first row of each row tile; None
             where no kernel asks for it.
@@ -39,7 +38,6 @@ class Ragged:
 
     slot_S: Tensor
     row_TK: Tensor
-    token_S: Tensor
     offsets: Tensor
     tiles: Tensor | None = None
     tile_rows: int = 0
@@ -51,6 +49,15 @@ class Ragged:
     @property
     def num_rows(self) -> int:
         return self.slot_S.numel()
+
+    @property
+    def top_k(self) -> int:
+        return self.row_TK.shape[1]
+
+    @property
+    def token_S(self) -> Tensor:
+        """Row to token, int64; the kernels divide by K themselves."""
+        return self.slot_S // max(self.top_k, 1)
 
     def by_row(self, values_TK: Tensor) -> Tensor:
         """Per-slot values in row order: (T, K) to (S,)."""
@@ -77,12 +84,6 @@ class Ragged:
         return [(e, first, last) for e, (first, last) in enumerate(pairs) if last > first]
 
 
-def interpreting() -> bool:
-    """Triton runs its kernels in the interpreter, on the CPU."""
-    triton = sys.modules.get("triton")
-    return triton is not None and bool(triton.knobs.runtime.interpret)
-
-
 def tile_rows_of(rows: int, num_experts: int) -> int:
     """Rows of a tile, from the mean number of rows per expert, which the host knows."""
     mean = rows / num_experts
@@ -101,16 +102,15 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int) -> Ragged:
         experts_TK: (T, K) int32 or int64; anything outside 0..E-1 is dropped.
         num_experts: E.
     """
-    rows, top_k = experts_TK.numel(), max(experts_TK.shape[1], 1)
+    rows = experts_TK.numel()
     if rows and (experts_TK.is_cuda or interpreting()):
         from turnout.ragged.kernels import launch_sort
 
         tile_rows = tile_rows_of(rows, num_experts)
-        slot_S, row_TK, token_S, offsets, tiles = launch_sort(experts_TK, num_experts, tile_rows)
+        slot_S, row_TK, offsets, tiles = launch_sort(experts_TK, num_experts, tile_rows)
         return Ragged(
             slot_S=slot_S,
             row_TK=row_TK,
-            token_S=token_S,
             offsets=offsets,
             tiles=tiles,
             tile_rows=tile_rows,
@@ -123,6 +123,4 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int) -> Ragged:
     row_S[slot_S] = torch.arange(slot_S.numel(), device=slot_S.device)
     edges = torch.arange(num_experts + 1, device=flat.device)
     offsets = torch.searchsorted(sorted_experts, edges).to(torch.int32)
-    return Ragged(
-        slot_S=slot_S, row_TK=row_S.view(experts_TK.shape), token_S=slot_S // top_k, offsets=offsets
-    )
+    return Ragged(slot_S=slot_S, row_TK=row_S.view(experts_TK.shape), offsets=offsets)

@@ -1,0 +1,157 @@
+"""A slim launcher: a repeated launch of a compiled Triton kernel skips Triton's argument binding.
+
+Triton compiles one kernel per combination of constexprs, options and what it specialises arguments
+on: dtype and 16-byte alignment of a pointer, whether an integer is 1 or a multiple of 16 or needs
+64 bits. A `Launch` has all of these fixed but the tensors; where they are of the dtypes of the
+first call and aligned, it calls the compiled kernel with bare addresses, which costs a few
+microseconds instead of tens. Everything else goes through Triton.
+
+A kernel's parameters stand in this order: tensors, numbers, constexprs. Numbers that change with
+the count of tokens are listed in the kernel's `do_not_specialize`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, reduce
+from operator import or_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@cache
+def _interprets() -> bool:
+    return bool(sys.modules["triton"].knobs.runtime.interpret)
+
+
+def interpreting() -> bool:
+    """Triton runs its kernels in the interpreter, on the CPU (decided when Triton is imported)."""
+    return "triton" in sys.modules and _interprets()
+
+
+@cache
+def _triton() -> tuple[Callable[[], int], Callable[[int], int], Any]:
+    """Triton's current device, its current stream, and the settings with the hooks of profilers."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    return driver.active.get_current_device, driver.active.get_current_stream, knobs.runtime
+
+
+class _Listener(threading.local):
+    """Who is told of launches in this thread."""
+
+    heard: Callable[[Any, tuple[Tensor | None, ...]], None] | None = None
+
+
+_listener = _Listener()
+
+
+@contextmanager
+def recording(heard: Callable[[Any, tuple[Tensor | None, ...]], None]) -> Iterator[None]:
+    """Within it, `heard(launch, tensors)` is called after every launch of this thread."""
+    before, _listener.heard = _listener.heard, heard
+    try:
+        yield
+    finally:
+        _listener.heard = before
+
+
+def profiled() -> bool:
+    """Hooks of a profiler wait for launches, so each has to go through Triton."""
+    runtime = _triton()[2]
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+def listening() -> bool:
+    """Somebody counts the launches of this thread, or profiles them."""
+    return _listener.heard is not None or profiled()
+
+
+def current_device() -> int:
+    """The GPU that Triton launches on."""
+    return _triton()[0]()
+
+
+def stream_of(device: int) -> int:
+    """The current stream of a GPU, as an address."""
+    return _triton()[1](device)
+
+
+class Launch:
+    """One kernel with everything fixed but the tensors. Build it once, behind an `lru_cache`.
+
+    Args:
+        kernel: a Triton jit function with its parameters in the order of the module's docstring.
+        grid: programs per axis.
+        numbers: the run-time integers and floats.
+        constants: constexpr parameters by name, in the kernel's order.
+        num_warps, num_stages: Triton's options.
+    """
+
+    __slots__ = ("_ready", "_rest", "constants", "grid", "kernel", "numbers", "options")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        numbers: tuple[float, ...],
+        constants: dict[str, Any],
+        num_warps: int,
+        num_stages: int = 1,
+    ) -> None:
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self._rest = (*numbers, *constants.values())
+        self._ready: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+    def ready(self, device: int, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
+        """Triton's launcher, function and metadata for tensors of these dtypes, once compiled."""
+        return self._ready.get((device, _kinds(tensors)))
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Run on the device of the first tensor, in that device's current stream."""
+        self._run(tensors)
+        if _listener.heard is not None:
+            _listener.heard(self, tensors)
+
+    def _run(self, tensors: tuple[Tensor | None, ...]) -> None:
+        on = tensors[0]
+        assert on is not None
+        device = on.get_device()
+        if device < 0:  # the interpreter
+            self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+            return
+        get_device, get_stream, _ = _triton()
+        if device != get_device():
+            with torch.cuda.device(device):
+                self._run(tensors)
+            return
+        addresses = [None if t is None else t.data_ptr() for t in tensors]
+        is_aligned = aligned(addresses)
+        key = (device, _kinds(tensors))
+        ready = self._ready.get(key)
+        if ready is not None and is_aligned and not profiled():
+            run, *head = ready
+            stream = get_stream(device)
+            run(*self.grid, stream, *head, None, None, None, *addresses, *self._rest)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
+        if is_aligned:
+            parts = (compiled.run, compiled.function, compiled.packed_metadata)
+            self._ready.setdefault(key, parts)
+
+
+def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[torch.dtype | None, ...]:
+    """What Triton compiles for, of pointers that are aligned."""
+    return tuple([None if t is None else t.dtype for t in tensors])
+
+
+def aligned(addresses: Iterable[int | None]) -> bool:
+    """All to 16 bytes, which is what Triton asks for wide loads."""
+    return not reduce(or_, [a for a in addresses if a is not None], 0) & 15
