@@ -142,6 +142,45 @@ def train(
         raise typer.Exit(1) from None
 
 
+@app.command()
+def bench(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Named shapes, repeated or joined by commas; else qwen3-30b."),
+    ] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="fwd, full, lora16; else all.")] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="Who is timed; else all that are installed.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="T; else the shape's own.")] = None,
+    routing: Annotated[
+        list[str] | None, typer.Option(help="uniform, zipf1.2, half-empty; else uniform.")
+    ] = None,
+    recompute: Annotated[str, typer.Option(help="turnout's: none or gate_up.")] = "none",
+    backend: Annotated[
+        str, typer.Option(help="turnout's: auto, torch, triton, hopper or sonic.")
+    ] = "auto",
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Add rows for replays of a CUDA graph.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="Timed calls, at least.")] = 20,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    csv: Annotated[Path | None, typer.Option(help="Append the rows to this CSV file.")] = None,
+    commit: Annotated[
+        str | None, typer.Option(help="For the CSV's first column; else turnout's version.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Speed and memory of turnout and its peers, each checked before it is timed."""
+    flags = {name: value for name, value in locals().items() if name != "json_file"}
+    from turnout.bench.command import BenchConfig, main
+
+    config = BenchConfig(**flags)
+    result = _run(lambda: main(config), json_file)
+    if any(row["ms"] is None for row in result["rows"]):
+        raise typer.Exit(1)
+
+
 Model = Annotated[
     Path | None,
     typer.Option(help="The base model's folder: names every parameter and compares shapes."),

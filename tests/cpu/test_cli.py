@@ -71,7 +71,7 @@ def test_python_m_turnout():
 def test_help_lists_the_commands(monkeypatch, capsys, flag):
     assert turnout(monkeypatch, flag) == 0
     text = capsys.readouterr().out
-    for command in ("doctor", "train", "verify", "adapter"):
+    for command in ("doctor", "train", "verify", "bench", "adapter"):
         assert command in text
 
 
@@ -81,7 +81,8 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "command", [["doctor"], ["train"], ["verify"], ["adapter", "check"], ["adapter", "convert"]]
+    "command",
+    [["doctor"], ["train"], ["verify"], ["bench"], ["adapter", "check"], ["adapter", "convert"]],
 )
 def test_every_command_has_help_and_json(monkeypatch, capsys, command):
     monkeypatch.setenv("COLUMNS", "120")

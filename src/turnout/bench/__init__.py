@@ -1,0 +1,1 @@
+"""Speed and memory of turnout and its peers on the same work: `turnout bench`."""
