@@ -55,6 +55,7 @@ demo: $(READY)
 test: lint
 	TRITON_INTERPRET=1 $(TEST_ENV) $(PY) $(PYTEST) tests/interpret
 	$(TEST_ENV) $(PY) $(PYTEST) $(CPU_TESTS)
+	$(TEST_ENV) $(PY) $(PYTEST) tests/compile -m "not slow"
 
 lint: $(READY)
 	$(PY) -m ruff check .
