@@ -18,6 +18,7 @@ LEAVES = ("x", "weights_TK", "gate_up", "down", "gate_up_bias", "down_bias", *LO
 
 SILU = Activation()
 YARDSTICKS = 8
+MASK_SEED = 17
 GPT_OSS = Activation(alpha=1.702, limit=7.0, up_offset=1.0, interleaved=True)
 
 
@@ -79,6 +80,23 @@ class Problem:
         )
 
 
+def restricted(problem: Problem, chosen: Tensor) -> Problem:
+    """The part that the `chosen` experts (1-D indices) compute; slots of others are dropped.
+
+    Gradients of their weights and adapters are those of the whole problem.
+    """
+    place = torch.full((problem.num_experts + 1,), len(chosen), device=chosen.device)
+    place[chosen] = torch.arange(len(chosen), device=chosen.device)
+
+    def part(name: str, leaf: Tensor) -> Tensor:
+        if name in ("x", "weights_TK"):
+            return leaf
+        return leaf[..., chosen] if name in ("b_up", "b_down") else leaf[chosen]
+
+    leaves = {name: part(name, leaf) for name, leaf in problem.leaves.items()}
+    return replace(problem, leaves=leaves, experts=place[problem.experts])
+
+
 def random_experts(
     tokens: int, top_k: int, num_experts: int, seed: int = 0, dtype: torch.dtype = torch.int64
 ) -> Tensor:
@@ -107,15 +125,18 @@ def random_problem(
     lora_dtype: torch.dtype | None = None,
     weights_dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Problem:
     """Unit-scale inputs, weights scaled by 1/sqrt(inputs); a rank of 0 is no adapter.
 
-    Adapters are stored as PEFT stores them: `a` a view of (E*R, I), `b` of (O, R*E).
+    Adapters are stored as PEFT stores them: `a` a view of (E*R, I), `b` of (O, R*E). The numbers
+    are drawn on `device`, so they differ between a CPU and a GPU; the routing does not.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+        drawn = torch.randn(*shape, generator=generator, dtype=torch.float64, device=device)
+        return drawn.mul_(scale)
 
     gate_up = intermediate * (2 if activation.gated else 1)
     sides = {"up": (rank_up, hidden, gate_up), "down": (rank_down, intermediate, hidden)}
@@ -138,15 +159,15 @@ def random_problem(
             leaves[f"a_{side}"] = a.to(lora_dtype or dtype).view(num_experts, rank, inputs)
             leaves[f"b_{side}"] = b.to(lora_dtype or dtype).view(outputs, rank, num_experts)
     spec = ExpertSpec(activation=activation, transposed=transposed, weight_on_input=weight_on_input)
-    experts = random_experts(tokens, top_k, num_experts, seed)
+    experts = random_experts(tokens, top_k, num_experts, seed).to(device)
     return Problem(leaves, experts, spec, {"up": 0.75, "down": 1.25})
 
 
 def output_gradient(problem: Problem, seed: int = 1) -> Tensor:
     """A fixed random gradient of the output, in x's dtype."""
-    generator = torch.Generator().manual_seed(seed)
     x = problem["x"]
-    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64, device=x.device).to(x)
 
 
 def run(
@@ -169,34 +190,66 @@ def run(
 
 
 def check(
-    make: Callable[[int], Problem], needs: Iterable[str] | None = None, **options: Any
+    make: Callable[[int], Problem],
+    needs: Iterable[str] | None = None,
+    expert_dropout: float = 0.0,
+    **options: Any,
 ) -> None:
     """The op against the definition: output and gradients, float64 truth, eager yardstick.
 
     `make` builds the problem from a seed; seed 0 is judged. The maximum error of one small tensor
     is luck, in the op and in the yardstick: the worst yardstick of `YARDSTICKS` problems counts.
+    With `expert_dropout` every run draws its mask from the same seed.
     """
     problem = make(0)
     needs = set(problem.leaves if needs is None else needs)
-    got = run(problem, needs, **options)
-    truth, allowed = {}, {}
-    for seed in range(YARDSTICKS):
-        other = make(seed)
-        dout = output_gradient(other)
-        exact = run(other.double(), needs, turnout.reference.expert_mlp, dout.double())
-        eager = run(other, needs, turnout.reference.expert_mlp, dout)
-        for name in ("out", *needs):
-            true, yardstick = exact[name], eager[name]
+    shared = {"expert_dropout": expert_dropout} if expert_dropout else {}
+    torch.manual_seed(MASK_SEED)
+    got = run(problem, needs, **shared, **options)
+    problems = (make(seed) for seed in range(YARDSTICKS))
+    judge(got, ((other, output_gradient(other)) for other in problems), needs, **shared)
+
+
+def judge(
+    got: dict[str, Tensor | None],
+    cases: Iterable[tuple[Problem, Tensor]],
+    needs: Iterable[str],
+    eager: Callable[..., Tensor] = turnout.reference.expert_mlp,
+    **options: Any,
+) -> None:
+    """`got` (output and gradients, as `run` returns them) against the definition.
+
+    Args:
+        got: what the op gave; without `out`, the output is not judged.
+        cases: problems with their output gradients. The first is the one that `got` solves; the
+            worst of the yardsticks of all, in maximum, is what is allowed.
+        needs: the gradients asked for; those of other leaves must be None.
+        eager: the yardstick.
+        options: for the definition.
+    """
+    needs = tuple(needs)
+    names = ("out", *needs) if "out" in got else needs
+    truth: dict[str, Tensor] = {}
+    allowed: dict[str, tuple[float, float]] = {}
+    for problem, dout in cases:
+        torch.manual_seed(MASK_SEED)
+        exact = run(problem.double(), needs, turnout.reference.expert_mlp, dout.double(), **options)
+        torch.manual_seed(MASK_SEED)
+        yardsticks = run(problem, needs, eager, dout, **options)
+        for name in names:
+            true, yardstick = exact[name], yardsticks[name]
             assert true is not None, f"the definition gives {name} no gradient"
             assert yardstick is not None
             worst, rms = errors(yardstick, true)
-            if not seed:
+            if name not in truth:
                 truth[name], allowed[name] = true, (worst, rms)
-                assert got[name].dtype == yardstick.dtype, name
+                found = got[name]
+                assert found is not None, f"{name} has no gradient"
+                assert found.dtype == yardstick.dtype, name
             allowed[name] = (max(worst, allowed[name][0]), allowed[name][1])
     for name, value in got.items():
         if name in truth:
-            assert value is not None, f"{name} has no gradient"
+            assert value is not None
             assert_within(name, value, truth[name], allowed[name])
         else:
             assert value is None, f"{name} is frozen and has a gradient"
