@@ -43,7 +43,15 @@ SIZES: dict[str, dict[str, Any]] = {
     "K32-E40": {"tokens": 9, "num_experts": 40, "top_k": 32},
     "K7-E3": {"num_experts": 3, "top_k": 7},
     "E1000": {"tokens": 12, "num_experts": 1000},
-    "widths of 1": {"hidden": 1, "intermediate": 1, "rank_up": 1, "rank_down": 1},
+    # many tokens: 33 single numbers have no typical error
+    "widths of 1": {
+        "hidden": 1,
+        "intermediate": 1,
+        "rank_up": 1,
+        "rank_down": 1,
+        "tokens": 600,
+        "num_experts": 32,
+    },
 }
 
 
