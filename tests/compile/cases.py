@@ -9,7 +9,8 @@ import torch
 from recording import Launch, chip, recording
 
 from problems import GPT_OSS, random_problem, run
-from turnout import Activation
+from turnout import Activation, RouteSpec
+from turnout.routing import fused
 from turnout.shapes import SHAPES
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -66,6 +67,36 @@ def record(
     return found
 
 
+# Rules of the router with their experts; the third has everything that is a switch.
+RULES: dict[str, tuple[RouteSpec, int]] = {
+    "qwen3-30b": (RouteSpec(top_k=8), 128),
+    "deepseek-v3": (
+        RouteSpec(top_k=8, score="sigmoid", n_group=8, topk_group=4, eps=1e-20, scale=2.5),
+        256,
+    ),
+    "everything": (
+        RouteSpec(top_k=32, softcap=30.0, n_always=2, norm=False, n_group=4, topk_group=2),
+        1020,
+    ),
+}
+
+
+def record_routing(arch: int, dtype: torch.dtype) -> dict[str, Launch]:
+    """The launches of the router forward and backward, plain and with every tensor."""
+    with recording(chip(arch)) as found:
+        for spec, experts in RULES.values():
+            for more in (False, True):
+                logits = torch.empty(4096, experts + spec.n_always, dtype=dtype)
+                logits.requires_grad_()
+                tensors = {}
+                if more:
+                    names = {"bias_E": experts, "expert_scale_E": experts, "scale": 1}
+                    tensors = {n: torch.empty(size).requires_grad_() for n, size in names.items()}
+                out = fused.route(logits, spec, **tensors)
+                out.weights_TK.sum().backward()
+    return found
+
+
 def launches(arch: int, dtype: str) -> list[Launch]:
     """Everything that is compiled for one chip and dtype: all models, tiles and calls.
 
@@ -76,6 +107,8 @@ def launches(arch: int, dtype: str) -> list[Launch]:
     for model in (*MODELS.values(), ODD):
         for rows in ROWS_PER_EXPERT:
             found |= record(arch, dtype, model, rows, "everything trains")
+    if dtype in ("bf16", "fp16", "fp32"):
+        found |= record_routing(arch, DTYPES[dtype]["dtype"])
     if dtype in CALL_DTYPES:
         for model in (MODELS["qwen3-30b"], MODELS["gptoss-20b"]):
             for call in CALLS:
@@ -91,6 +124,7 @@ def hungriest(arch: int) -> list[Launch]:
     What is plain goes to shared memory unchanged and takes the most of it; switches take registers.
     """
     found = record(arch, "bf16", ODD, 0, "everything trains")
+    found |= record_routing(arch, torch.bfloat16)
     for dtype in ("bf16", "fp32", "fp32-autocast"):
         for model in (MODELS["qwen3-30b"], MODELS["gptoss-20b"]):
             found |= record(arch, dtype, model, USUAL, "everything trains")

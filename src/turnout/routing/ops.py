@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from turnout.routing import rules
+from turnout.routing import fused, rules
 from turnout.routing.rules import Routing
 from turnout.specs import RouteSpec
 
@@ -27,7 +27,8 @@ def route(
     """weights = scale * expert_scale[chosen] * s[chosen] / den, chosen = top-k of mask(s + bias).
 
     The rule is `RouteSpec`'s; the definition is `turnout.routing.rules`, checked against the
-    routers of transformers by `turnout verify`.
+    routers of transformers by `turnout verify`. It runs as one kernel where
+    `turnout.routing.fused.rejects` has no reason against it, else as the definition.
 
     Args:
         logits_TE: (T, E + n_always) router logits, any float dtype.
@@ -47,7 +48,9 @@ def route(
             indices out of range (checked on the CPU only).
     """
     _check(logits_TE, spec, bias_E, expert_scale_E, scale, experts_TK)
-    return rules.route(
+    is_fused = not torch.compiler.is_compiling() and fused.rejects(logits_TE, spec) is None
+    run = fused.route if is_fused else rules.route
+    return run(
         logits_TE,
         spec,
         bias_E=bias_E,
