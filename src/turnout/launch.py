@@ -17,11 +17,16 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, reduce
+from importlib.util import find_spec
 from operator import or_
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from turnout.specs import Unsupported
+
+INSTALLED = find_spec("triton") is not None
 
 
 @cache
@@ -133,6 +138,8 @@ class Launch:
                 self._run(tensors)
             return
         addresses = [None if t is None else t.data_ptr() for t in tensors]
+        if 0 in addresses:
+            _check_storage(tensors)
         is_aligned = aligned(addresses)
         key = (device, _kinds(tensors))
         ready = self._ready.get(key)
@@ -145,6 +152,16 @@ class Launch:
         if is_aligned:
             parts = (compiled.run, compiled.function, compiled.packed_metadata)
             self._ready.setdefault(key, parts)
+
+
+def _check_storage(tensors: tuple[Tensor | None, ...]) -> None:
+    """A wrapper around other tensors has no memory of its own to give to a kernel."""
+    for t in tensors:
+        if t is not None and t.numel() and not t.data_ptr():
+            raise Unsupported(
+                f"a {type(t).__name__} of shape {tuple(t.shape)} has no memory of its own, so a "
+                "kernel can not read it; pass the plain tensor inside (wait for a collective first)"
+            )
 
 
 def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[torch.dtype | None, ...]:

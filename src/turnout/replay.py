@@ -181,7 +181,7 @@ class _Program:
         for step in self.steps:
             for index in step.born:
                 alive[index] = self._allocate(index, flat)
-            step.run(*step.grid, stream, *step.head, *step.pick(flat), *step.rest)
+            step.run(*step.grid, stream, *step.head, *step.pick(flat)[:-1], *step.rest)
             for index in step.gone:
                 alive[index] = None
         outputs = []
@@ -205,6 +205,14 @@ class _Program:
 _programs: OrderedDict[Hashable, _Program | str | None] = OrderedDict()
 
 
+_MISSING = object()
+
+
+def _observed() -> bool:
+    """Somebody follows launches or operators (selective checkpointing does): show all of them."""
+    return listening() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def why_not(key: Hashable) -> str | None:
     """What kept the function with this key from being replayed, if it was recorded."""
     found = _programs.get(key)
@@ -226,21 +234,21 @@ def replayed(
     """
     present = [t for t in inputs if t is not None]
     absent = tuple([t is None for t in inputs])
-    facts = tuple([(t.shape, t.stride(), t.dtype) for t in present])
+    facts = tuple([(type(t), t.shape, t.stride(), t.dtype) for t in present])
     device = present[0].get_device()
     key = (key, device, absent, facts)
-    if key not in _programs:
+    program = _programs.get(key, _MISSING)
+    if program is _MISSING:
         _programs[key] = None
         if len(_programs) > _LIMIT:
             _programs.popitem(last=False)
         return function()
-    program = _programs[key]
     if isinstance(program, str):
         return function()
     addresses = list(map(Tensor.data_ptr, present))
-    if not aligned(addresses) or listening() or device != current_device():
+    if not aligned(addresses) or _observed() or device != current_device():
         return function()
-    if program is not None:
+    if isinstance(program, _Program):
         return program.run(addresses)
     outputs, _programs[key] = _record(present, addresses, function)
     return outputs
@@ -279,6 +287,8 @@ def _compile(device: torch.device, tape: _Tape, outputs: Sequence[Tensor]) -> _P
         if out.data_ptr() not in starts:
             return "an output is not memory of its own"
         buffer = len(starts) - 1 - starts[::-1].index(out.data_ptr())
+        if tape.buffers[buffer].size != out.numel() * out.element_size():
+            return "an output is a part of its memory"
         if buffer in owners:
             return "two outputs share memory"
         owners[buffer], offsets[buffer] = index, 0
@@ -299,7 +309,7 @@ def _compile(device: torch.device, tape: _Tape, outputs: Sequence[Tensor]) -> _P
                 owner, offset = owners[buffer], offsets[buffer] + offset
                 seen[owner] = (seen.get(owner, (number, 0))[0], number)
             picks.append(places.setdefault((is_input, owner, offset), len(places)))
-        runs.append((launch, ready, itemgetter(*picks)))
+        runs.append((launch, ready, itemgetter(*picks, -1)))  # the last keeps it a tuple
     steps = []
     for number, (launch, (run, *head), pick) in enumerate(runs):
         born = tuple(m for m, (first, _) in seen.items() if first == number)

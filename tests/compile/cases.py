@@ -51,7 +51,7 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "gelu_tanh": ({"activation": Activation(act="gelu_tanh")}, {}, False),
 }
 # The further calls differ in code, not in what their dtypes do to it.
-CALL_DTYPES = ("bf16", "fp32")
+CALL_DTYPES = ("bf16", "fp32", "fp32-autocast")
 
 
 def record(

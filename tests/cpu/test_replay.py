@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from turnout import launch as launching
 from turnout import replay
@@ -198,6 +199,45 @@ def test_an_output_that_is_a_view_is_replayed() -> None:
         a = torch.randn(N)
         torch.testing.assert_close(once(a), 2 * a)
     assert calls == 3
+
+
+def test_an_output_that_is_the_head_of_more_memory_is_replayed() -> None:
+    """A replay would allocate the head alone, and the kernels would write past it."""
+    kernel = Kernel(2.0)
+
+    def once(a: torch.Tensor) -> torch.Tensor:
+        def function() -> list[torch.Tensor]:
+            both = torch.empty(2, N)
+            kernel(a, None, both[0])
+            kernel(a, None, both[1])
+            return [both[0]]
+
+        return next(iter(replayed("head", (a,), function)))
+
+    for _ in range(3):
+        a = torch.randn(N)
+        torch.testing.assert_close(once(a), 2 * a)
+    (key,) = replay._programs
+    assert why_not(key) == "an output is a part of its memory"
+
+
+def test_a_mode_that_follows_operators_misses_the_replayed() -> None:
+    """Selective checkpointing pairs the operators of two runs by their order."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    run, seen = Pass(), []
+    for _ in range(5):
+        names: list[str] = []
+        a, b = inputs()
+        with Names():
+            run(a, b)
+        seen.append(names)
+    assert all(names == seen[0] for names in seen)
+    assert "aten.empty.memory_format" in seen[0]
 
 
 def test_who_counts_launches_misses_the_replayed() -> None:

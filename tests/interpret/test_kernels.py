@@ -90,6 +90,45 @@ def test_dropout_masks_differ_from_the_definitions() -> None:
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["transposed", "expanded", "with gaps"])
+def test_a_bias_is_read_as_if_it_were_contiguous(how: str) -> None:
+    problem = random_problem(bias=True)
+    changed = {}
+    for name in ("gate_up_bias", "down_bias"):
+        bias = problem[name]
+        if how == "transposed":
+            changed[name] = bias.t().contiguous().t()
+        elif how == "expanded":
+            changed[name] = bias[:1].expand_as(bias)
+        else:
+            wide = torch.full((bias.shape[0], bias.shape[1] + 5), float("nan"))
+            wide[:, : bias.shape[1]] = bias
+            changed[name] = wide[:, : bias.shape[1]]
+    problem = problem.changed(**changed)
+    got = run(problem, backend="triton")
+    for name, value in run(problem.double(), function=turnout.reference.expert_mlp).items():
+        torch.testing.assert_close(got[name].double(), value, rtol=1e-4, atol=1e-4)
+
+
+def test_a_limit_of_zero_is_no_limit() -> None:
+    activation = Activation(limit=0.0, up_offset=1.0)
+    check(lambda seed: random_problem(seed=seed, activation=activation), backend="triton")
+
+
+def test_dropout_under_autocast_mixes_dtypes() -> None:
+    problem = random_problem(dtype=torch.float32)
+
+    def seeded(**options: object) -> dict[str, Tensor | None]:
+        torch.manual_seed(3)
+        return run(problem, problem.trained_by_lora, expert_dropout=0.3, **options)
+
+    with torch.autocast("cpu", torch.float16):
+        got = seeded(backend="triton")
+    for name, value in seeded(function=turnout.reference.expert_mlp).items():
+        if value is not None:
+            torch.testing.assert_close(got[name], value, rtol=2e-2, atol=2e-2, check_dtype=False)
+
+
 SIZES = [(1, 1, 1, 64), (5, 2, 3, 16), (700, 3, 8, 64), (64, 32, 300, 32), (3000, 2, 5, 128)]
 
 

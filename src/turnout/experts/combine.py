@@ -56,7 +56,9 @@ class SlotDots:
 def combine(y_SH: Tensor, ragged: Ragged, weights_TK: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(S, H) rows to (T, H) tokens in `dtype`; None stands for unit weights."""
     if ragged.tiles is not None and dtype != torch.float64:
-        return _launch(ragged, y_SH, weights_TK, dtype, None)[0]
+        out, _ = _launch(ragged, y_SH, weights_TK, dtype, None)
+        assert out is not None
+        return out
     tokens, top_k = ragged.row_TK.shape
     wide = torch.promote_types(y_SH.dtype, torch.float32)
     kept_TK = ragged.kept_TK
@@ -74,7 +76,9 @@ def combine(y_SH: Tensor, ragged: Ragged, weights_TK: Tensor | None, dtype: torc
 def slot_dots(dots: SlotDots, ragged: Ragged) -> Tensor:
     """(T, K) gradients of the routing weights."""
     if ragged.tiles is not None and dots.dtype != torch.float64:
-        return _launch(ragged, None, None, dots.dtype, dots)[1]
+        _, dweights = _launch(ragged, None, None, dots.dtype, dots)
+        assert dweights is not None
+        return dweights
     out = ragged.by_slot(dots.dot_SP.sum(1))
     if dots.bias_EH is not None:
         out = out + _bias_dots(dots.dout_TH, dots.bias_EH, dots.experts_TK, ragged)
@@ -84,7 +88,10 @@ def slot_dots(dots: SlotDots, ragged: Ragged) -> Tensor:
 def combine_and_dots(y_SH: Tensor, ragged: Ragged, dots: SlotDots) -> tuple[Tensor, Tensor]:
     """`combine` with unit weights in y's dtype and `slot_dots`, on a GPU in one launch."""
     if ragged.tiles is not None and torch.float64 not in (y_SH.dtype, dots.dtype):
-        return _launch(ragged, y_SH, None, y_SH.dtype, dots)
+        out, dweights = _launch(ragged, y_SH, None, y_SH.dtype, dots)
+        assert out is not None
+        assert dweights is not None
+        return out, dweights
     return combine(y_SH, ragged, None, y_SH.dtype), slot_dots(dots, ragged)
 
 
@@ -122,8 +129,8 @@ def _launch(
     weights_TK: Tensor | None,
     dtype: torch.dtype,
     dots: SlotDots | None,
-) -> tuple[Tensor, Tensor]:
-    """(out, dweights); what was not asked for is left out, and its place holds the other."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """The sums and the routing weights' gradients, each if it was asked for."""
     tokens, top_k = ragged.row_TK.shape
     device = ragged.row_TK.device
     out = dot_SP = dout_TH = bias_EH = experts_TK = dweights = None
@@ -135,6 +142,7 @@ def _launch(
         dot_SP, dout_TH, bias_EH = dots.dot_SP, dots.dout_TH, dots.bias_EH
         hidden, parts = dout_TH.shape[1], dot_SP.shape[1]
         bias_EH = None if bias_EH is None else bias_EH.contiguous()
+        dout_TH = dout_TH.contiguous()
         experts_TK = dots.experts_TK.contiguous()
         dweights = torch.empty(tokens, top_k, dtype=dots.dtype, device=device)
     weights_TK = None if weights_TK is None else weights_TK.contiguous()
@@ -159,7 +167,7 @@ def _launch(
         experts_TK,
         dweights,
     )
-    return (dweights if out is None else out, out if dweights is None else dweights)  # type: ignore[return-value]
+    return out, dweights
 
 
 def row_dots(a_SH: Tensor, b_TH: Tensor, ragged: Ragged) -> Tensor:

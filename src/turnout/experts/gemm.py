@@ -3,7 +3,7 @@
 Two shapes of work, both over rows sorted by expert (`turnout.ragged.Ragged`):
 
     grouped_gemm   out[row] = epilogue(scale * a[row] @ w[e]^T + bias[e] + xa[row] @ b[e]^T)
-    grouped_gram   out[e]   = scale * sum over the rows of e of a[row]^T b[row]
+    grouped_gram   out[e]   = sum over the rows of e of a[row]^T b[row]
 
 A back end is a module with `NAME`, `rejects(problem, device) -> str | None`, `launch_rows` (ragged
 on M), `launch_gram` (ragged on K; two launches because their operands differ), `factors`, which
@@ -208,6 +208,9 @@ def grouped_gemm(
     """
     assert narrow or scale == 1.0
     _, n, k = w_ENK.shape
+    weight_dtype = w_ENK.dtype
+    if tail is not None and tail.b_ENR.dtype == torch.float64:
+        weight_dtype = torch.float64  # who runs it has to take the adapter as well
     problem, module = _rows_choice(
         BACKENDS,
         interpreting(),
@@ -219,7 +222,7 @@ def grouped_gemm(
         k,
         0 if tail is None else tail.b_ENR.shape[2],
         dtype,
-        w_ENK.dtype,
+        weight_dtype,
         None if epilogue is None else epilogue.name,
         None if epilogue is None else epilogue.activation,
         a.by_token,

@@ -33,7 +33,9 @@ def adapter_intermediate(
     return rank, torch.promote_types(torch.promote_types(adapter, dtype), torch.float32)
 
 
-def factors(adapters: list[tuple[Lora, bool]], dtype: torch.dtype, backward: bool) -> list[Factors]:
+def factors(
+    adapters: list[tuple[Lora, Tensor]], dtype: torch.dtype, backward: bool
+) -> list[Factors]:
     """Views: adapters are read where they lie."""
     found = []
     for lora, _ in adapters:

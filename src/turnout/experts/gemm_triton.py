@@ -59,7 +59,8 @@ def factors(
     """Both factors of one or two adapters, packed in one launch.
 
     The narrow product reads its factor in the activations' dtype with the contraction contiguous;
-    the tail, read in the loop of the base weight beside it, has that weight's dtype and order.
+    the tail, read in the loop of the base weight beside it, has that weight's order, and its dtype
+    unless that would round it more (bfloat16 weights in a float16 product).
     """
     tensors: list[Tensor | None] = []
     found, sizes = [], []
@@ -70,7 +71,8 @@ def factors(
         # of A in backward and of B in forward, the rank is what the tail contracts
         a_last, b_last = backward and k_major, not backward and k_major
         device = lora.a_ERI.device
-        kinds = (w_ENK.dtype, dtype) if backward else (dtype, w_ENK.dtype)
+        tail_dtype = w_ENK.dtype if w_ENK.dtype in (dtype, torch.float32) else dtype
+        kinds = (tail_dtype, dtype) if backward else (dtype, tail_dtype)
         a = torch.empty(_packed(experts, width, inputs, a_last), dtype=kinds[0], device=device)
         b = torch.empty(_packed(experts, width, outputs, b_last), dtype=kinds[1], device=device)
         tensors += [lora.a_ERI, lora.b_ORE, a, b]
@@ -173,7 +175,7 @@ def _rows_launch(
         "TAG": tag,
         "ACT": a.act,
         "ALPHA": a.alpha,
-        "LIMIT": a.limit or 0.0,
+        "LIMIT": -1.0 if a.limit is None else a.limit,
         "AFTER": a.limit_after,
         "UP_OFFSET": a.up_offset,
         "GATED": a.gated,
@@ -219,6 +221,8 @@ def launch_rows(
     weight_TK = None if backward is None else backward.weight_TK
     tail_drop = None if tail is None else tail.dropout
     seed, *drop = _dropout(a.dropout or tail_drop)
+    bias_EN = None if bias_EN is None else bias_EN.contiguous()
+    assert backward is None or backward.z_SG.is_contiguous()
     n, count, device = problem.n, ragged.num_rows, w_ENK.device
     gated = isinstance(epilogue, Activate) and epilogue.activation.gated
     width = n // 2 if gated else n if backward is None else backward.z_SG.shape[1]

@@ -29,6 +29,7 @@ from turnout.experts.weights import (
     check_lora,
     check_weights,
 )
+from turnout.launch import INSTALLED
 from turnout.library import kernel_op
 from turnout.ragged import Ragged, num_tiles, tile_rows_of
 from turnout.replay import replayed
@@ -145,7 +146,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     def function() -> tuple[Tensor, ...]:
         return _run_forward(*args)
 
-    if args[0].is_cuda:
+    if args[0].is_cuda and INSTALLED:
         return tuple(replayed(("forward", *args[12:]), args[:12], function))
     return function()
 
@@ -200,7 +201,7 @@ def _backward(*args: Any) -> list[Tensor]:
     def function() -> list[Tensor]:
         return _run_backward(*args)
 
-    if args[0].is_cuda:
+    if args[0].is_cuda and INSTALLED:
         key = ("backward", *args[20:24], tuple(args[24]))
         return list(replayed(key, args[:20], function))
     return function()

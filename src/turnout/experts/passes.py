@@ -362,6 +362,5 @@ def _row_sums(a: Operand, ragged: Ragged, bias_EN: Tensor, job: Job) -> Tensor:
     """(E, N) sums of the rows of each expert: a Gram product with a column of ones."""
     out = torch.empty_like(bias_EN)
     ones = Operand(out.new_ones(ragged.num_rows, 1, dtype=job.dtype))
-    wide = torch.promote_types(job.dtype, torch.float32)
-    _gram(job, a, ones, ragged, out.unsqueeze(-1), wide)
+    _gram(job, a, ones, ragged, out.unsqueeze(-1), job.dtype)
     return out

@@ -29,8 +29,9 @@ def rows_config(problem: GemmProblem, tile_rows: int, device: Device) -> dict[st
     room = device.shared_memory or 100_000
     small = room < 120_000 or item == 4
     widest = (64 if item == 4 else 128) if small else 256
-    if problem.dropout and problem.rank:
-        widest = min(widest, 128)  # a masked tail is summed beside the product
+    mixed = problem.weight_dtype not in (problem.dtype, "float32")
+    if problem.rank and (problem.dropout or mixed):
+        widest = min(widest, 128)  # the tail is summed beside the product
     block_n = max(16, min(widest, power_of_2(problem.n)))
     tiles = num_tiles(problem.rows, problem.experts, tile_rows)
     while block_n > 32 and tiles * -(-problem.n // block_n) < 2 * device.num_sms:

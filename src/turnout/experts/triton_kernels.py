@@ -23,7 +23,7 @@ def _columns(pid_n, HALF, BLOCK_N: tl.constexpr, PAIRED: tl.constexpr):
     return pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles", "threshold"])
 def rows_kernel(
     a_ptr,
     w_ptr,
@@ -123,7 +123,7 @@ def rows_kernel(
     a_rows = a_ptr + source[:, None] * stride_am
     w_rows = w_ptr + expert64 * stride_we + safe_n[None, :] * stride_wn
     steps = tl.cdiv(K, BLOCK_K)
-    in_loop: tl.constexpr = HAS_TAIL and not DROP_TAIL
+    in_loop: tl.constexpr = HAS_TAIL and not DROP_TAIL and b_ptr.dtype == w_ptr.dtype
     if in_loop:
         xa_rows = xa_ptr + tl.where(mask_m, row64, 0)[:, None] * R
         b_rows = b_ptr + expert64 * stride_be + safe_n[None, :] * stride_bn
@@ -168,17 +168,19 @@ def rows_kernel(
             acc = tl.fma(part, tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32), acc)
         else:
             acc = tl.dot(a, w.to(a.dtype), acc, input_precision=PRECISION)
-    if DROP_TAIL and HAS_TAIL:
+    if HAS_TAIL and not in_loop:
         update = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for r in range(0, R, 16):
             offs_r = (r + tl.arange(0, 16)).to(tl.int64)
             xa = tl.load(xa_ptr + tl.where(mask_m, row64, 0)[:, None] * R + offs_r[None, :])
             b_base = b_ptr + expert64 * stride_be + safe_n[None, :] * stride_bn
             b = tl.load(b_base + offs_r[:, None] * stride_br, mask=mask_n[None, :], other=0.0)
-            update = tl.dot(xa, b, update, input_precision=PRECISION)
-        slot = tl.load(slot_ptr + row64, mask=mask_m, other=0)
-        seed = tl.load(seed_ptr)
-        acc += update * dropout_factor(slot, column, seed, TAG, threshold, keep_scale)
+            update = tl.dot(xa, b.to(xa.dtype), update, input_precision=PRECISION)
+        if DROP_TAIL:
+            slot = tl.load(slot_ptr + row64, mask=mask_m, other=0)
+            seed = tl.load(seed_ptr)
+            update *= dropout_factor(slot, column, seed, TAG, threshold, keep_scale)
+        acc += update
     if HAS_SCALE:
         acc *= scale
     if HAS_BIAS:
@@ -315,7 +317,7 @@ def _store_backward(
     return tl.sum(tl.where(mask, d * h, 0.0), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def gram_kernel(
     a_ptr,
     b_ptr,

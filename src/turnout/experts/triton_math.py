@@ -1,7 +1,7 @@
 """Activations, their derivatives and the dropout mask as jit functions, for every Triton kernel.
 
 The formulas are those of `turnout.specs.Activation`; `epilogues.py` is the same in PyTorch. All are
-float32 in and out. Constants are constexprs: ACT, ALPHA, LIMIT (0 is none), AFTER, UP_OFFSET.
+float32 in and out. Constants are constexprs: ACT, ALPHA, LIMIT (-1 is none), AFTER, UP_OFFSET.
 """
 
 # mypy: ignore-errors
@@ -47,7 +47,8 @@ def _sigmoid(x):
     """1 / (1 + e^-x), the quotient refined by one Newton step."""
     below = 1.0 + _exp(-x)
     inverse = 1.0 / below
-    return tl.fma(inverse, tl.fma(-below, inverse, 1.0 + tl.zeros_like(x)), inverse)
+    refined = tl.fma(inverse, tl.fma(-below, inverse, 1.0 + tl.zeros_like(x)), inverse)
+    return tl.where(x < -80.0, 0.0, refined)  # where e^-x was clamped
 
 
 @triton.jit
@@ -102,7 +103,7 @@ def glu(
     UP_OFFSET: tl.constexpr,
 ):
     """h of the gated form."""
-    if LIMIT > 0:
+    if LIMIT >= 0:
         up = _clamp(up, -LIMIT, LIMIT)
         if AFTER:
             return _below(act(gate, ACT, ALPHA), LIMIT) * (up + UP_OFFSET)
@@ -122,7 +123,7 @@ def glu_backward(
     UP_OFFSET: tl.constexpr,
 ):
     """(h, dgate, dup) from the gradient d of h."""
-    if LIMIT > 0:
+    if LIMIT >= 0:
         inside = (up >= -LIMIT) & (up <= LIMIT)
         passed = _clamp(up, -LIMIT, LIMIT) + UP_OFFSET
         if AFTER:

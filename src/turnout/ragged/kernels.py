@@ -1,6 +1,6 @@
 """Sorting slots by expert on the GPU: no host sync, stable and deterministic.
 
-Up to FEW slots take one launch of one program; more take three:
+Up to BLOCK slots take one launch of one program; more take three:
 
     1. count    per block of slots: how many go to each expert
     2. scan     over blocks and experts: first row of every (block, expert), offsets
@@ -27,7 +27,6 @@ from turnout.launch import Launch
 from turnout.ragged.rows import num_tiles
 
 BLOCK = 1024
-FEW = 1024
 _SCAN_ELEMENTS = 8192
 _TILE_ELEMENTS = 8192
 
@@ -180,34 +179,23 @@ def _sort_kernel(
 ):
     """Computes everything for a few slots.
 
-    Grid: one program. Cost: 2 S reads, 2 S writes, 2 tiles writes.
+    Grid: one program. Assumes S <= BLOCK. Cost: S reads, 2 S writes, 2 tiles writes.
     """
     local = tl.arange(0, BLOCK)
+    mask = local < S
+    expert = _bucket(tl.load(experts_ptr + local, mask=mask, other=0), E)
     buckets = tl.arange(0, BUCKETS)
-    counts = tl.zeros([BUCKETS], tl.int32)
-    for first in range(0, S, BLOCK):
-        mask = first + local < S
-        expert = _bucket(tl.load(experts_ptr + first + local, mask=mask, other=0), E)
-        counts += tl.histogram(expert, BUCKETS, mask=mask)
+    counts = tl.histogram(expert, BUCKETS, mask=mask)
     ends = tl.cumsum(counts, 0)
     begins = ends - counts
     tl.store(offsets_ptr + buckets, begins, mask=buckets <= E)
     for first in range(0, tiles, TILE_BLOCK):
         tile = first + tl.arange(0, TILE_BLOCK)
         _tile_table(tiles_ptr, begins, ends, tile, E, tiles, TILE_ROWS, BUCKETS)
-    running = begins
-    for first in range(0, S, BLOCK):
-        mask = first + local < S
-        expert = _bucket(tl.load(experts_ptr + first + local, mask=mask, other=0), E)
-        counts = tl.histogram(expert, BUCKETS, mask=mask)
-        # sorted by (expert, slot), a slot's place less its expert's first place is its rank
-        key = tl.sort(tl.where(mask, expert, BUCKETS) * BLOCK + local)
-        start = running - (tl.cumsum(counts, 0) - counts)
-        row = local + tl.gather(start, tl.minimum(key // BLOCK, BUCKETS - 1), 0)
-        slot = first + key % BLOCK
-        tl.store(slot_ptr + row, slot.to(tl.int64), mask=mask)
-        tl.store(row_ptr + slot, row.to(tl.int64), mask=mask)
-        running += counts
+    # sorted by (expert, slot), a slot's place is its row: experts stand in order, without gaps
+    slot = tl.sort(tl.where(mask, expert, BUCKETS) * BLOCK + local) % BLOCK
+    tl.store(slot_ptr + local, slot.to(tl.int64), mask=mask)
+    tl.store(row_ptr + slot, local.to(tl.int64), mask=mask)
 
 
 @lru_cache(maxsize=1024)
@@ -219,7 +207,7 @@ def _launches(rows: int, num_experts: int, tile_rows: int) -> tuple[int, tuple[L
     sizes = {"BLOCK": block, "BUCKETS": buckets}
     tile_block = max(1, min(32, _TILE_ELEMENTS // buckets))
     table = {"TILE_ROWS": tile_rows, "TILE_BLOCK": tile_block, **sizes}
-    if rows <= FEW:
+    if rows <= BLOCK:
         return 0, (Launch(_sort_kernel, (1, 1, 1), (num_experts, rows, tiles), table, 4),)
     blocks = triton.cdiv(rows, block)
     scan = {"BUCKETS": buckets, "ROWS": max(1, min(32, _SCAN_ELEMENTS // buckets))}

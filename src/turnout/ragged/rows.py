@@ -20,7 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from turnout.launch import interpreting
+from turnout.launch import INSTALLED, interpreting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +103,7 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int) -> Ragged:
         num_experts: E.
     """
     rows = experts_TK.numel()
-    if rows and (experts_TK.is_cuda or interpreting()):
+    if rows and INSTALLED and (experts_TK.is_cuda or interpreting()):
         from turnout.ragged.kernels import launch_sort
 
         tile_rows = tile_rows_of(rows, num_experts)
