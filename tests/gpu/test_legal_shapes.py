@@ -174,13 +174,14 @@ def shift(tensor: Tensor) -> Tensor:
 STRIDES = {"gaps": spread, "reversed dims": reverse, "unaligned": shift}
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biases"])
 @pytest.mark.parametrize("how", STRIDES)
-def test_strides_or_alignment_matter(how: str) -> None:
+def test_strides_or_alignment_matter(how: str, bias: bool) -> None:
     """After the same sizes ran contiguous and aligned: what was compiled for those does not fit."""
-    run(make(BASE))
+    run(make(BASE, bias=bias))
 
     def problem(seed: int) -> Problem:
-        made = make(BASE, seed=seed)
+        made = make(BASE, seed=seed, bias=bias)
         strided = made.mapped(STRIDES[how]).changed(experts=STRIDES[how](made.experts))
         assert all(
             not leaf.is_contiguous() or leaf.data_ptr() % 16 for leaf in strided.leaves.values()

@@ -218,6 +218,46 @@ def _softmax_parts(z, mask, z_a, mask_a, LIBDEVICE: tl.constexpr, HAS_ALWAYS: tl
     return highest, total
 
 
+@triton.jit
+def _row(
+    logits_ptr,
+    t,
+    E,
+    A,
+    stride_t,
+    T,
+    softcap,
+    SCORE: tl.constexpr,
+    NATIVE: tl.constexpr,
+    CAP: tl.constexpr,
+    HAS_ALWAYS: tl.constexpr,
+    LIBDEVICE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    """Logits of tokens t as they lie and capped, selectable and always-on, their masks, and the
+    parts of a softmax."""
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    mask_t = (t < T)[:, None]
+    rows = logits_ptr + t[:, None] * stride_t
+    index = tl.arange(0, BLOCK_E)[None, :]
+    mask_e = (index < E) & mask_t
+    a = tl.arange(0, BLOCK_A)[None, :]
+    mask_a = (a < A) & mask_t
+    raw = tl.load(rows + index, mask=mask_e, other=0.0).to(tl.float32)
+    z = _capped(raw, softcap, CAP, dtype, NATIVE, LIBDEVICE)
+    raw_a = tl.zeros([BLOCK_T, BLOCK_A], tl.float32)
+    if HAS_ALWAYS:
+        raw_a = tl.load(rows + E + a, mask=mask_a, other=0.0).to(tl.float32)
+    z_a = _capped(raw_a, softcap, CAP, dtype, NATIVE, LIBDEVICE)
+    highest = tl.zeros([BLOCK_T], tl.float32)
+    total = tl.full([BLOCK_T], 1.0, tl.float32)
+    if SCORE == "softmax":
+        highest, total = _softmax_parts(z, mask_e, z_a, mask_a, LIBDEVICE, HAS_ALWAYS)
+    return raw, z, raw_a, z_a, mask_e, mask_a, highest, total
+
+
 @triton.jit(do_not_specialize=["T"])
 def route_kernel(
     logits_ptr,
@@ -268,24 +308,28 @@ def route_kernel(
     """
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask_t = t < T
+    _, z, _, z_a, mask_e, mask_a, highest, total = _row(
+        logits_ptr,
+        t,
+        E,
+        A,
+        stride_t,
+        T,
+        softcap,
+        SCORE,
+        NATIVE,
+        CAP,
+        HAS_ALWAYS,
+        LIBDEVICE,
+        BLOCK_T,
+        BLOCK_E,
+        BLOCK_A,
+    )
     rows = logits_ptr + t[:, None] * stride_t
     index = tl.arange(0, BLOCK_E)[None, :]
-    mask_e = (index < E) & mask_t[:, None]
     a = tl.arange(0, BLOCK_A)[None, :]
-    mask_a = (a < A) & mask_t[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
-    mask_k = (k < K) & mask_t[:, None]
-    z = tl.load(rows + index, mask=mask_e, other=0.0).to(tl.float32)
-    z = _capped(z, softcap, CAP, dtype, NATIVE, LIBDEVICE)
-    z_a = tl.zeros([BLOCK_T, BLOCK_A], tl.float32)
-    if HAS_ALWAYS:
-        z_a = tl.load(rows + E + a, mask=mask_a, other=0.0).to(tl.float32)
-        z_a = _capped(z_a, softcap, CAP, dtype, NATIVE, LIBDEVICE)
-    highest = tl.zeros([BLOCK_T], tl.float32)
-    total = tl.full([BLOCK_T], 1.0, tl.float32)
-    if SCORE == "softmax":
-        highest, total = _softmax_parts(z, mask_e, z_a, mask_a, LIBDEVICE, HAS_ALWAYS)
+    mask_k = (k < K) & (t < T)[:, None]
     if GIVEN:
         chosen = tl.load(given_ptr + t[:, None] * K + k, mask=mask_k, other=0).to(tl.int32)
     else:
@@ -400,24 +444,28 @@ def route_backward_kernel(
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     block = tl.program_id(0).to(tl.int64)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask_t = t < T
+    z_raw, z, za_raw, z_a, mask_e, mask_a, highest, total = _row(
+        logits_ptr,
+        t,
+        E,
+        A,
+        stride_t,
+        T,
+        softcap,
+        SCORE,
+        NATIVE,
+        CAP,
+        HAS_ALWAYS,
+        LIBDEVICE,
+        BLOCK_T,
+        BLOCK_E,
+        BLOCK_A,
+    )
     rows = logits_ptr + t[:, None] * stride_t
     index = tl.arange(0, BLOCK_E)[None, :]
-    mask_e = (index < E) & mask_t[:, None]
     a = tl.arange(0, BLOCK_A)[None, :]
-    mask_a = (a < A) & mask_t[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
-    mask_k = (k < K) & mask_t[:, None]
-    z_raw = tl.load(rows + index, mask=mask_e, other=0.0).to(tl.float32)
-    z = _capped(z_raw, softcap, CAP, dtype, NATIVE, LIBDEVICE)
-    za_raw = tl.zeros([BLOCK_T, BLOCK_A], tl.float32)
-    if HAS_ALWAYS:
-        za_raw = tl.load(rows + E + a, mask=mask_a, other=0.0).to(tl.float32)
-    z_a = _capped(za_raw, softcap, CAP, dtype, NATIVE, LIBDEVICE)
-    highest = tl.zeros([BLOCK_T], tl.float32)
-    total = tl.full([BLOCK_T], 1.0, tl.float32)
-    if SCORE == "softmax":
-        highest, total = _softmax_parts(z, mask_e, z_a, mask_a, LIBDEVICE, HAS_ALWAYS)
+    mask_k = (k < K) & (t < T)[:, None]
     chosen = tl.load(experts_ptr + t[:, None] * K + k, mask=mask_k, other=0).to(tl.int32)
     mask_c = mask_k & (chosen >= 0) & (chosen < E)
     z_c = tl.load(rows + chosen, mask=mask_c, other=0.0).to(tl.float32)
