@@ -1,0 +1,135 @@
+"""Auxiliary losses against transformers' own: value, gradient, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.models.switch_transformers import modeling_switch_transformers as switch
+
+from turnout.routing import losses
+from turnout.routing.losses import (
+    load_balancing_loss,
+    router_z_loss,
+    switch_load_balancing_loss,
+)
+
+LIMITS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def agree(ours: Tensor, theirs: Tensor, leaves: list[list[Tensor]], dtype: torch.dtype) -> None:
+    limit = LIMITS[dtype]
+    torch.testing.assert_close(ours.double(), theirs.double(), rtol=limit, atol=0)
+    mine = torch.autograd.grad(3 * ours, leaves[0])
+    for got, expected in zip(mine, torch.autograd.grad(3 * theirs, leaves[1]), strict=True):
+        assert got.dtype == expected.dtype
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(got, expected, rtol=limit, atol=limit * scale)
+
+
+def twins(tensors: list[Tensor]) -> list[list[Tensor]]:
+    return [[t.detach().clone().requires_grad_() for t in tensors] for _ in range(2)]
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_load_balancing_is_not_transformers(layers: int, masked: bool, dtype: torch.dtype) -> None:
+    batch, length, experts, top_k = 3, 50, 8, 2
+    both = twins([randn(batch * length, experts, seed=s, dtype=dtype) for s in range(layers)])
+    mask = (torch.rand(batch, length) > 0.3).long() if masked else None
+    ours = load_balancing_loss(both[0], top_k, mask=mask)
+    theirs = load_balancing_loss_func(tuple(both[1]), experts, top_k, mask)
+    # theirs adds up in float32 even for float64 logits
+    agree(ours, theirs, both, torch.float32 if dtype == torch.float64 else dtype)
+
+
+def test_pieces_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    def value() -> tuple[Tensor, Tensor]:
+        logits = randn(100, 6, dtype=torch.float64).requires_grad_()
+        loss = load_balancing_loss((logits,), 2) + router_z_loss(logits)
+        return loss, torch.autograd.grad(loss, logits)[0]
+
+    whole = value()
+    monkeypatch.setattr(losses, "PIECE", 7)
+    for one, other in zip(whole, value(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+
+
+def test_given_experts_are_not_counted() -> None:
+    logits = randn(64, 8)
+    chosen = logits.softmax(-1).topk(2).indices
+    expected = load_balancing_loss((logits,), 2)
+    torch.testing.assert_close(load_balancing_loss((logits,), 2, experts=(chosen,)), expected)
+    other = load_balancing_loss((logits,), 2, experts=(torch.zeros_like(chosen),))
+    assert not torch.isclose(other, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_switch_is_not_transformers(top_k: int | None, dtype: torch.dtype) -> None:
+    logits = randn(4, 30, 8, dtype=dtype)
+    shape = (4, 30) if top_k is None else (4, 30, top_k)
+    chosen = torch.randint(8, shape, generator=torch.Generator().manual_seed(1))
+    both = twins([logits])
+    ours = switch_load_balancing_loss(both[0][0], chosen)
+    theirs = switch.load_balancing_loss_func(both[1][0].softmax(-1), chosen)
+    agree(ours, theirs, both, torch.float32 if dtype == torch.float64 else dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_z_loss_is_not_transformers(dtype: torch.dtype) -> None:
+    both = twins([randn(4, 30, 8, dtype=dtype)])
+    agree(router_z_loss(both[0][0]), switch.router_z_loss_func(both[1][0]), both, dtype)
+
+
+def largest_allocation(tokens: int) -> int:
+    logits = [randn(tokens, 64).requires_grad_()]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        loss = load_balancing_loss(logits, 2) + router_z_loss(logits[0])
+        loss.backward()
+    return max(event.self_cpu_memory_usage for event in profiled.events())
+
+
+def test_long_sequences_cost_more_than_their_gradient() -> None:
+    tokens = 40_000
+    gradient = tokens * 64 * 4
+    assert largest_allocation(tokens) <= gradient
+
+
+def test_what_is_kept_for_backward_grows_with_the_experts() -> None:
+    tokens, kept = 20_000, []
+    logits = randn(tokens, 64).requires_grad_()
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() != logits.untyped_storage().data_ptr():
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        load_balancing_loss((logits,), 2) + router_z_loss(logits)
+    assert sum(kept) <= 4 * tokens
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: load_balancing_loss(randn(4, 8), 2), "as a sequence"),
+        (lambda: load_balancing_loss((), 2), "at least one layer"),
+        (lambda: load_balancing_loss((randn(4, 8), randn(4, 6)), 2), "logits[1]"),
+        (lambda: load_balancing_loss((randn(4, 8),), 9), "top_k is 9"),
+        (lambda: load_balancing_loss((randn(4, 8),), 2, mask=torch.ones(5)), "mask has 5 tokens"),
+        (lambda: switch_load_balancing_loss(randn(4, 8), torch.zeros(4)), "(batch, sequence, E)"),
+    ],
+)
+def test_bad_input_is_taken(call: object, words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        call()  # type: ignore[operator]
+    assert words in str(error.value)
