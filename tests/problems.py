@@ -18,6 +18,17 @@ LEAVES = ("x", "weights_TK", "gate_up", "down", "gate_up_bias", "down_bias", *LO
 
 SILU = Activation()
 YARDSTICKS = 8
+# (T, H, G, E, R, K) of the kernel tests of axolotl's ScatterMoE-LoRA.
+SEED_SIZES = [
+    (16, 64, 64, 4, 8, 1),
+    (32, 64, 128, 4, 8, 2),
+    (16, 128, 128, 8, 32, 2),
+    (32, 64, 64, 4, 4, 1),
+    (64, 64, 64, 16, 8, 2),
+    (17, 96, 80, 6, 16, 2),
+    (1, 64, 64, 4, 8, 1),
+    (64, 128, 96, 16, 8, 4),
+]
 MASK_SEED = 17
 GPT_OSS = Activation(alpha=1.702, limit=7.0, up_offset=1.0, interleaved=True)
 

@@ -2,9 +2,9 @@
 
 Triton compiles one kernel per combination of constexprs, options and what it specialises arguments
 on: dtype and 16-byte alignment of a pointer, whether an integer is 1 or a multiple of 16 or needs
-64 bits. A `Launch` has all of these fixed but the tensors; where they are of the dtypes of the
-first call and aligned, it calls the compiled kernel with bare addresses, which costs a few
-microseconds instead of tens. Everything else goes through Triton.
+64 bits. A `Launch` has all of these fixed but the tensors; where they are aligned and of dtypes
+that it met before, it calls the compiled kernel with bare addresses, which costs a few microseconds
+instead of tens. Everything else goes through Triton.
 
 A kernel's parameters stand in this order: tensors, numbers, constexprs. Numbers that change with
 the count of tokens are listed in the kernel's `do_not_specialize`.
@@ -27,6 +27,11 @@ from torch import Tensor
 from turnout.specs import Unsupported
 
 INSTALLED = find_spec("triton") is not None
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n: what a tile can be wide."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 @cache

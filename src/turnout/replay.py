@@ -123,12 +123,10 @@ class _Memory:
     """An output or a slab.
 
     Attributes:
-        output: which output it is; -1 for a slab.
         shape, stride, dtype: as it is allocated.
         places: (index, offset) of its addresses among all addresses.
     """
 
-    output: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -160,7 +158,7 @@ class _Program:
     Attributes:
         device: of all tensors.
         num_outputs: how many tensors it returns.
-        memory: outputs and slabs.
+        memory: outputs, then slabs.
         inputs: (index, input, offset) of the inputs' addresses among all addresses.
         num_places: how many addresses there are; one more stands for None.
     """
@@ -181,14 +179,12 @@ class _Program:
         for step in self.steps:
             for index in step.born:
                 alive[index] = self._allocate(index, flat)
-            step.run(*step.grid, stream, *step.head, *step.pick(flat)[:-1], *step.rest)
+            step.run(*step.grid, stream, *step.head, *step.pick(flat), *step.rest)
             for index in step.gone:
                 alive[index] = None
         outputs = []
-        for index, memory in enumerate(self.memory[: self.num_outputs]):
-            found = alive[index]
+        for index, found in enumerate(alive[: self.num_outputs]):
             outputs.append(self._allocate(index, flat) if found is None else found)
-            assert memory.output == index
         return outputs
 
     def _allocate(self, index: int, flat: list[int | None]) -> Tensor:
@@ -203,8 +199,6 @@ class _Program:
 
 
 _programs: OrderedDict[Hashable, _Program | str | None] = OrderedDict()
-
-
 _MISSING = object()
 
 
@@ -309,15 +303,16 @@ def _compile(device: torch.device, tape: _Tape, outputs: Sequence[Tensor]) -> _P
                 owner, offset = owners[buffer], offsets[buffer] + offset
                 seen[owner] = (seen.get(owner, (number, 0))[0], number)
             picks.append(places.setdefault((is_input, owner, offset), len(places)))
-        runs.append((launch, ready, itemgetter(*picks, -1)))  # the last keeps it a tuple
+        assert len(picks) > 1, "a kernel reads one tensor and writes another"
+        runs.append((launch, ready, itemgetter(*picks)))
     steps = []
     for number, (launch, (run, *head), pick) in enumerate(runs):
         born = tuple(m for m, (first, _) in seen.items() if first == number)
         gone = tuple(m for m, (_, last) in seen.items() if last == number and m >= len(outputs))
         rest = (*launch.numbers, *launch.constants.values())
         steps.append(_Step(born, run, launch.grid, (*head, None, None, None), pick, rest, gone))
-    memory = [(i, tuple(t.shape), t.stride(), t.dtype) for i, t in enumerate(outputs)]
-    memory += [(-1, (size,), (1,), torch.uint8) for size in slabs]
+    memory = [(tuple(t.shape), t.stride(), t.dtype) for t in outputs]
+    memory += [((size,), (1,), torch.uint8) for size in slabs]
     return _Program(
         device,
         len(outputs),

@@ -17,6 +17,7 @@ from problems import (
     GPT_OSS,
     LEAVES,
     LORA_LEAVES,
+    SEED_SIZES,
     assert_near,
     assert_same,
     check,
@@ -50,18 +51,7 @@ LAYOUTS = {
     "ranks not powers of two": {"rank_up": 5, "rank_down": 11},
     "ranks above the widths": {"rank_up": 40, "rank_down": 33, "hidden": 12, "intermediate": 8},
 }
-# (T, H, G, E, R, K) of the kernel tests of axolotl's ScatterMoE-LoRA, tiny to largest.
-SEED_SIZES = [
-    (16, 64, 64, 4, 8, 1),
-    (32, 64, 128, 4, 8, 2),
-    (16, 128, 128, 8, 32, 2),
-    (32, 64, 64, 4, 4, 1),
-    (64, 64, 64, 16, 8, 2),
-    (17, 96, 80, 6, 16, 2),
-    (1, 64, 64, 4, 8, 1),
-    (64, 128, 96, 16, 8, 4),
-    (257, 48, 56, 7, 3, 2),
-]
+SIZES_OF_THE_SEED = [*SEED_SIZES, (257, 48, 56, 7, 3, 2)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -70,7 +60,7 @@ def test_layout_matches_the_definition(layout, dtype):
     check(lambda seed: random_problem(dtype=dtype, seed=seed, **LAYOUTS[layout]))
 
 
-@pytest.mark.parametrize("size", SEED_SIZES, ids=str)
+@pytest.mark.parametrize("size", SIZES_OF_THE_SEED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_size_matches_the_definition(size, dtype):
     tokens, hidden, gate_up, num_experts, rank, top_k = size

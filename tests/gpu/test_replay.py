@@ -68,9 +68,8 @@ def test_a_replay_reads_weights_of_another_dtype() -> None:
         assert_same(run(changed), direct(changed))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU is visible; needs two")
 def test_a_replay_works_on_the_current_device_only() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU")
     problem = make("T600-E16-K4-R33").mapped(lambda t: t.to("cuda:1"))
     problem = problem.changed(experts=problem.experts.to("cuda:1"))
     for device in (0, 1, 0, 1, 1):

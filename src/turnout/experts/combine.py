@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from turnout.launch import Launch
+from turnout.launch import Launch, power_of_2
 from turnout.ragged import Ragged
 
 
@@ -108,14 +108,14 @@ def _plan(
 ) -> Launch:
     from turnout.experts.triton_movement import combine_kernel
 
-    block = min(2048, 1 << max(0, hidden - 1).bit_length())
+    block = min(2048, power_of_2(hidden))
     constants = {
         "HAS_SUM": summed,
         "HAS_DOTS": parts > 0,
         "HAS_WEIGHT": weighted,
         "HAS_BIAS": biased,
         "TOP_K": top_k,
-        "PARTS": 1 << max(0, parts - 1).bit_length(),
+        "PARTS": power_of_2(parts),
         "BLOCK_H": block,
     }
     grid = (tokens, -(-hidden // block) if summed else 1, 1)

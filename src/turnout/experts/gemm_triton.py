@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,20 +21,19 @@ from torch import Tensor
 from turnout.device import Device, device_of
 from turnout.experts.dropout import Dropout
 from turnout.experts.operands import Activate, ActivateBackward, Factors, Operand, RowsOut, Tail
-from turnout.experts.triton_config import gram_config, power_of_2, rows_config
+from turnout.experts.triton_config import gram_config, rows_config
 from turnout.experts.weights import Lora
-from turnout.launch import Launch, interpreting
+from turnout.launch import INSTALLED, Launch, interpreting, power_of_2
 from turnout.ragged import Ragged, num_tiles
 from turnout.specs import Activation, GemmProblem
 
 NAME = "triton"
-_INSTALLED = find_spec("triton") is not None
 _DTYPES = ("float16", "bfloat16", "float32")
 
 
 def rejects(problem: GemmProblem, device: Device) -> str | None:
     """Why this back end can not run the problem, or None."""
-    if not _INSTALLED:
+    if not INSTALLED:
         return "Triton is not installed"
     if device.arch is None and not interpreting():
         return "needs an NVIDIA GPU"
@@ -210,11 +208,11 @@ def launch_rows(
     scale: float,
 ) -> RowsOut:
     """`turnout.experts.gemm.grouped_gemm` on the GPU."""
+    if not ragged.num_rows:
+        return _no_rows(problem, w_ENK, dtype, epilogue)
     rows, by_token = _rows_of(a, ragged, dtype)
     if by_token != problem.gathered:
         problem = replace(problem, gathered=by_token)
-    if not ragged.num_rows:
-        return _no_rows(problem, w_ENK, dtype, epilogue)
     backward = epilogue if isinstance(epilogue, ActivateBackward) else None
     keep_z = isinstance(epilogue, Activate) and epilogue.keep_z
     keep_h = backward is not None and backward.keep_h

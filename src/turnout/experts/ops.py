@@ -275,7 +275,7 @@ def expert_mlp(
         weights_TK: (T, K) float, any float dtype.
         weights: the expert stacks, in the layout that `spec` says.
         spec: layout and activation.
-        lora: adapters of the two projections, in their own dtype, read in place.
+        lora: adapters of the two projections, in their own dtype and PEFT's storage.
         recompute: `gate_up` keeps no (S, G) pre-activation and computes it again in backward.
         backend: `auto`, or the name of one back end.
         expert_dropout: probability, on the adapters' inputs; applied whenever it is above 0.

@@ -8,13 +8,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 from turnout.device import Device
+from turnout.launch import power_of_2
 from turnout.ragged import num_tiles
 from turnout.specs import GemmProblem
-
-
-def power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 @lru_cache(maxsize=1024)

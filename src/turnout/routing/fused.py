@@ -9,7 +9,6 @@ Legend: T tokens, K experts per token, E selectable experts, A always-on experts
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,18 +16,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from turnout.device import device_of
-from turnout.launch import Launch, interpreting
+from turnout.launch import INSTALLED, Launch, interpreting, power_of_2
 from turnout.routing.rules import Routing
 from turnout.specs import RouteSpec
 
 NAME = "fused"
 MOST_EXPERTS, MOST_CHOSEN = 1024, 32
-_INSTALLED = find_spec("triton") is not None
 
 
 def rejects(logits_TE: Tensor, spec: RouteSpec) -> str | None:
     """Why the kernel can not route these logits, or None."""
-    if not _INSTALLED:
+    if not INSTALLED:
         return "Triton is not installed"
     if not interpreting():
         if device_of(logits_TE.device).arch is None:
@@ -71,14 +69,10 @@ def _kernels() -> Any:
     return kernels
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
 @lru_cache(maxsize=1024)
 def _constants(spec: RouteSpec, num_experts: int, libdevice: bool) -> dict[str, Any]:
     """What both kernels are compiled for."""
-    block_e = max(16, _power_of_2(num_experts))
+    block_e = max(16, power_of_2(num_experts))
     return {
         "K": spec.top_k,
         "SCORE": spec.score,
@@ -91,8 +85,8 @@ def _constants(spec: RouteSpec, num_experts: int, libdevice: bool) -> dict[str, 
         "LIBDEVICE": libdevice,
         "BLOCK_T": max(1, min(64, 4096 // block_e)),
         "BLOCK_E": block_e,
-        "BLOCK_A": _power_of_2(max(spec.n_always, 1)),
-        "BLOCK_K": _power_of_2(spec.top_k),
+        "BLOCK_A": power_of_2(max(spec.n_always, 1)),
+        "BLOCK_K": power_of_2(spec.top_k),
     }
 
 
@@ -126,8 +120,8 @@ def _forward_launch(
         "HAS_SCALE": scale,
         "GIVEN": given,
         **{name: shared[name] for name in last},
-        "BLOCK_G": _power_of_2(spec.n_group),
-        "BLOCK_TG": _power_of_2(spec.topk_group),
+        "BLOCK_G": power_of_2(spec.n_group),
+        "BLOCK_TG": power_of_2(spec.topk_group),
     }
     numbers = (num_experts, spec.n_always, stride, spec.softcap, spec.eps, spec.scale, tokens)
     grid = (-(-tokens // shared["BLOCK_T"]), 1, 1)

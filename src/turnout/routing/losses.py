@@ -67,8 +67,8 @@ def _chosen_counts(
 ) -> Tensor:
     """(E,) weighted count of the tokens that chose each expert."""
     wide = torch.promote_types(logits_TE.dtype, torch.float32)
-    counts = logits_TE.new_zeros(logits_TE.shape[1], dtype=wide if weight_T is not None else None)
-    counts = counts.long() if weight_T is None else counts
+    kind = torch.int64 if weight_T is None else wide
+    counts = logits_TE.new_zeros(logits_TE.shape[1], dtype=kind)
     for piece in pieces(logits_TE.shape[0]):
         if experts_TK is None:
             chosen = logits_TE[piece].detach().softmax(-1).topk(top_k, dim=-1).indices
