@@ -3,6 +3,9 @@
 import importlib.util
 import os
 
+import pytest
+import torch
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -13,3 +16,9 @@ if importlib.util.find_spec("hypothesis") is not None:
     # The same examples at every run: a failure found once is found again.
     settings.register_profile("turnout", deadline=None, derandomize=True, database=None)
     settings.load_profile("turnout")
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_at_every_run() -> None:
+    """What a test draws does not depend on the tests that ran before it in its worker."""
+    torch.manual_seed(0)
