@@ -1,8 +1,9 @@
-"""`kernel_op`: a `torch.library` op for the compiler, a plain call for everyone else.
+"""What PyTorch's modes ask of us: `torch.compile`, and anomaly detection.
 
-Under `torch.compile` a decorated function is one opaque op with a fake, so a graph is whole
-whatever happens inside. In eager mode the function is called directly: an op boundary costs
-microseconds that buy nothing there.
+`kernel_op` is a `torch.library` op for the compiler, a plain call for everyone else. Under
+`torch.compile` a decorated function is one opaque op with a fake, so a graph is whole whatever
+happens inside. In eager mode the function is called directly: an op boundary costs microseconds
+that buy nothing there.
 """
 
 from __future__ import annotations
@@ -11,9 +12,18 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """The values of a tensor may be checked: on the CPU, where that waits for nothing, and on a GPU
+    in `torch.autograd.detect_anomaly()` or after `torch.autograd.set_detect_anomaly(True)`."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return tensor.device.type == "cpu" or torch.is_anomaly_enabled()
 
 
 def kernel_op(

@@ -10,6 +10,7 @@ from recording import Launch, chip, recording
 
 from problems import GPT_OSS, random_problem, run
 from turnout import Activation, RouteSpec
+from turnout.ragged import counts_of, sort_by_expert
 from turnout.routing import fused
 from turnout.shapes import SHAPES
 
@@ -82,7 +83,8 @@ RULES: dict[str, tuple[RouteSpec, int]] = {
 
 
 def record_routing(arch: int, dtype: torch.dtype) -> dict[str, Launch]:
-    """The launches of the router forward and backward, plain and with every tensor."""
+    """The launches of the router forward and backward, plain and with every tensor, and of the sort
+    behind it."""
     with recording(chip(arch)) as found:
         for spec, experts in RULES.values():
             for more in (False, True):
@@ -94,6 +96,9 @@ def record_routing(arch: int, dtype: torch.dtype) -> dict[str, Launch]:
                     tensors = {n: torch.empty(size).requires_grad_() for n, size in names.items()}
                 out = fused.route(logits, spec, **tensors)
                 out.weights_TK.sum().backward()
+                counted = counts_of(out.experts_TK, experts)
+                assert counted is not None
+                sort_by_expert(out.experts_TK, experts, counted)
     return found
 
 

@@ -437,3 +437,13 @@ def test_the_reference_is_the_same_function(dtype):
             assert (left is None) == (right is None)
             assert left is None or torch.equal(left, right)
     assert turnout.reference.route is reference_route
+
+
+def test_nan_logits_pass_in_anomaly_detection() -> None:
+    logits = randn(5, 8)
+    logits[3, 2] = math.nan
+    assert route(logits, RouteSpec(top_k=2)).experts_TK.max() < 8
+    with torch.autograd.set_detect_anomaly(True):
+        route(randn(5, 8), RouteSpec(top_k=2))
+        with pytest.raises(ValueError, match="NaN in 1 of 5 rows, first in row 3"):
+            route(logits, RouteSpec(top_k=2))

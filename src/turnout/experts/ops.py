@@ -30,8 +30,8 @@ from turnout.experts.weights import (
     check_weights,
 )
 from turnout.launch import INSTALLED
-from turnout.library import kernel_op
-from turnout.ragged import Ragged, num_tiles, tile_rows_of
+from turnout.library import kernel_op, reads_values
+from turnout.ragged import Ragged, counts_of, num_tiles, tile_rows_of
 from turnout.replay import replayed
 from turnout.specs import (
     Activation,
@@ -110,8 +110,8 @@ def _or_none(tensor: Tensor, present: bool) -> Tensor | None:
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     x, experts, _, gate_up = args[:4]
-    spec, recompute, backend, dtype = _decode(args[12])
-    keep = args[16]
+    spec, recompute, backend, dtype = _decode(args[13])
+    keep = args[17]
     rows, num_experts = experts.numel(), gate_up.shape[0]
     tiles = 0
     if experts.is_cuda:
@@ -139,7 +139,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 @kernel_op(
     "expert_mlp_forward",
-    f"({_TENSORS}{_OPTIONS}, bool keep) -> ({', '.join(['Tensor'] * 8)})",
+    f"({_TENSORS}Tensor? counted, {_OPTIONS}, bool keep) -> ({', '.join(['Tensor'] * 8)})",
     _forward_fake,
 )
 def _forward(*args: Any) -> tuple[Tensor, ...]:
@@ -147,15 +147,15 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
         return _run_forward(*args)
 
     if args[0].is_cuda and INSTALLED:
-        return tuple(replayed(("forward", *args[12:]), args[:12], function))
+        return tuple(replayed(("forward", *args[13:]), args[:13], function))
     return function()
 
 
 def _run_forward(*args: Any) -> tuple[Tensor, ...]:
     x, experts, weights_TK = args[:3]
-    job = _job(args[3:12], args[12:16])
+    job = _job(args[3:12], args[13:17])
     with _without_autocast(x.device.type):
-        out, saved = passes.forward(job, x, experts, weights_TK, keep=args[16])
+        out, saved = passes.forward(job, x, experts, weights_TK, args[12], keep=args[17])
     ragged = saved.ragged
     return (
         out,
@@ -231,13 +231,13 @@ def _run_backward(dout: Tensor, slot: Tensor, row: Tensor, *args: Any) -> list[T
 
 
 class _ExpertMlp(torch.autograd.Function):
-    """Tensors first, then options; see `_TENSORS` and `_OPTIONS` for the order."""
+    """Tensors, counts, options; see `_TENSORS` and `_OPTIONS` for the order."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         out, *saved = _forward(*args)
         ctx.save_for_backward(*saved, *args[:12])
-        ctx.options = args[12:16]
+        ctx.options = args[13:17]
         return out
 
     @staticmethod
@@ -247,7 +247,7 @@ class _ExpertMlp(torch.autograd.Function):
         flags = [needed[0], *needed[2:11]]
         found = iter(_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.options, flags))
         grads: list[Tensor | None] = [next(found) if need else None for need in flags]
-        return (grads[0], None, *grads[1:], None, None, None, None, None, None)
+        return (grads[0], None, *grads[1:], *(None,) * 7)
 
 
 def expert_mlp(
@@ -284,7 +284,8 @@ def expert_mlp(
         (T, H) in x's dtype.
 
     Raises:
-        ValueError: a shape, dtype, device, option or (on the CPU) an index that does not fit.
+        ValueError: a shape, dtype, device or option that does not fit; or an index (checked on the
+            CPU, and on a GPU with PyTorch's anomaly detection on).
         Unsupported: no back end of this version runs it.
     """
     lora = lora or LoraWeights()
@@ -327,6 +328,7 @@ def expert_mlp(
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     out: Tensor = _ExpertMlp.apply(
         *tensors,
+        counts_of(experts_TK, dims.experts),
         _encode(spec, recompute, backend, dtype),
         1.0 if up is None else float(up.scaling),
         1.0 if down is None else float(down.scaling),
@@ -364,7 +366,7 @@ def _check_inputs(
     ):
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {x.device} as x_TH")
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if reads_values(experts):
         check_indices(experts, dims.experts)
 
 

@@ -151,11 +151,16 @@ def _up(
 
 
 def forward(
-    job: Job, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor, keep: bool
+    job: Job,
+    x_TH: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    counted: Tensor | None,
+    keep: bool,
 ) -> tuple[Tensor, Saved]:
     """out (T, H) in x's dtype, and what the backward pass needs."""
     x = as_dtype(x_TH, job.dtype)
-    ragged = sort_by_expert(experts_TK, job.weights.gate_up.shape[0])
+    ragged = sort_by_expert(experts_TK, job.weights.gate_up.shape[0], counted)
     up, down = _factors(job, backward=False)
     xa_up = xa_down = tail = None
     if up is not None:

@@ -1,5 +1,7 @@
-"""Rows sorted by expert: `rows` defines them in PyTorch, `kernels` sorts on the GPU."""
+"""Rows sorted by expert: `rows` defines them in PyTorch, `kernels` sorts on the GPU, `counts` is
+what a router's kernel leaves for it."""
 
+from turnout.ragged.counts import counts_of
 from turnout.ragged.rows import (
     Ragged,
     num_tiles,
@@ -7,4 +9,4 @@ from turnout.ragged.rows import (
     tile_rows_of,
 )
 
-__all__ = ["Ragged", "num_tiles", "sort_by_expert", "tile_rows_of"]
+__all__ = ["Ragged", "counts_of", "num_tiles", "sort_by_expert", "tile_rows_of"]

@@ -6,6 +6,9 @@ Up to BLOCK slots take one launch of one program; more take three:
     2. scan     over blocks and experts: first row of every (block, expert), offsets
     3. scatter  slot to row and row to slot, inside a block by a sort of (expert, slot); tile table
 
+Where the router's kernel has counted (`counts.py`), one launch does the rest: every program adds up
+the counts before its own slots, which takes no second launch because there are few of them.
+
 The tile table cuts each expert's rows into tiles of `tile_rows` rows that never straddle experts,
 so that one program of a grouped GEMM belongs to one expert. Its size depends on S and E alone.
 
@@ -24,9 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from turnout.launch import Launch
+from turnout.ragged import counts
 from turnout.ragged.rows import num_tiles
 
-BLOCK = 1024
+BLOCK = counts.SORTED_AT_ONCE
 _SCAN_ELEMENTS = 8192
 _TILE_ELEMENTS = 8192
 
@@ -198,6 +202,71 @@ def _sort_kernel(
     tl.store(row_ptr + slot, local.to(tl.int64), mask=mask)
 
 
+@triton.jit(do_not_specialize=["S", "blocks", "own_blocks", "own_slots", "programs", "tiles"])
+def _place_kernel(
+    experts_ptr,
+    counts_ptr,
+    slot_ptr,
+    row_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    E,
+    S,
+    blocks,
+    own_blocks,
+    own_slots,
+    programs,
+    tiles,
+    ROWS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BUCKETS: tl.constexpr,
+):
+    """Computes everything from the counts of `blocks` blocks of slots, none of them dropped.
+
+    Grid: programs that place own_blocks blocks, own_slots slots each; then blocks of tiles.
+    Cost: blocks * BUCKETS reads by every program, S reads, 2 S writes, 2 tiles writes.
+    """
+    program = tl.program_id(0)
+    first_block = program * own_blocks
+    buckets = tl.arange(0, BUCKETS)
+    total = tl.zeros([BUCKETS], tl.int32)
+    before = tl.zeros([BUCKETS], tl.int32)
+    for first in range(0, blocks, ROWS):
+        block = first + tl.arange(0, ROWS)[:, None]
+        place = block * BUCKETS + buckets[None, :]
+        counts = tl.load(counts_ptr + place, mask=block < blocks, other=0)
+        total += tl.sum(counts, 0)
+        before += tl.sum(tl.where(block < first_block, counts, 0), 0)
+    ends = tl.cumsum(total, 0)
+    begins = ends - total
+    if program >= programs:
+        tile = (program - programs) * TILE_BLOCK + tl.arange(0, TILE_BLOCK)
+        _tile_table(tiles_ptr, begins, ends, tile, E, tiles, TILE_ROWS, BUCKETS)
+        return
+    if program == 0:
+        tl.store(offsets_ptr + buckets, begins, mask=buckets < E)
+        tl.store(offsets_ptr + E, S)
+    next_row = begins + before
+    last = tl.minimum(S, (program + 1) * own_slots)
+    local = tl.arange(0, BLOCK)
+    for first in range(program * own_slots, last, BLOCK):
+        mask = first + local < last
+        expert = tl.load(experts_ptr + first + local, mask=mask, other=0).to(tl.int32)
+        counts = tl.histogram(expert, BUCKETS, mask=mask)
+        key = tl.sort(tl.where(mask, expert, BUCKETS) * BLOCK + local)
+        expert = key // BLOCK
+        mask = expert < BUCKETS
+        # what is sorted stands at local: the first of its expert at the sum of the counts before
+        start = next_row - (tl.cumsum(counts, 0) - counts)
+        row = tl.gather(start, tl.where(mask, expert, 0), 0) + local
+        slot = first + key % BLOCK
+        tl.store(slot_ptr + row, slot.to(tl.int64), mask=mask & (row < S))
+        tl.store(row_ptr + slot, row.to(tl.int64), mask=mask)
+        next_row += counts
+
+
 @lru_cache(maxsize=1024)
 def _launches(rows: int, num_experts: int, tile_rows: int) -> tuple[int, tuple[Launch, ...]]:
     """Blocks to count in, and what is launched: one, or count, scan and scatter."""
@@ -219,26 +288,54 @@ def _launches(rows: int, num_experts: int, tile_rows: int) -> tuple[int, tuple[L
     )
 
 
+@lru_cache(maxsize=1024)
+def _place_launch(tokens: int, top_k: int, num_experts: int, tile_rows: int) -> Launch:
+    rows = tokens * top_k
+    blocks, buckets = counts.shape(tokens, num_experts)
+    slots = counts.block_tokens(tokens, num_experts) * top_k
+    own = max(1, BLOCK // slots)
+    programs = triton.cdiv(blocks, own)
+    tiles = num_tiles(rows, num_experts, tile_rows)
+    tile_block = max(1, min(32, _TILE_ELEMENTS // buckets))
+    constants = {
+        "ROWS": max(1, min(32, _SCAN_ELEMENTS // buckets)),
+        "TILE_ROWS": tile_rows,
+        "TILE_BLOCK": tile_block,
+        "BLOCK": BLOCK,
+        "BUCKETS": buckets,
+    }
+    grid = (programs + triton.cdiv(tiles, tile_block), 1, 1)
+    numbers = (num_experts, rows, blocks, own, own * slots, programs, tiles)
+    return Launch(_place_kernel, grid, numbers, constants, 8)
+
+
 def launch_sort(
-    experts_TK: Tensor, num_experts: int, tile_rows: int
+    experts_TK: Tensor, num_experts: int, tile_rows: int, counted: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """slot_S, row_TK, offsets and the tile table; S must be at least 1."""
+    """slot_S, row_TK, offsets and the tile table; S must be at least 1.
+
+    `counted` is what `counts.counts_of` says of these experts, if anything.
+    """
     if not experts_TK.is_contiguous():
         experts_TK = experts_TK.contiguous()
     rows, device = experts_TK.numel(), experts_TK.device
-    blocks, launches = _launches(rows, num_experts, tile_rows)
     slot_S = torch.empty(rows, dtype=torch.int64, device=device)
     row_TK = torch.empty(experts_TK.shape, dtype=torch.int64, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     tiles = num_tiles(rows, num_experts, tile_rows)
     table = torch.empty(2, tiles, dtype=torch.int32, device=device)
+    if counted is not None:
+        place = _place_launch(*experts_TK.shape, num_experts, tile_rows)
+        place(experts_TK, counted, slot_S, row_TK, offsets, table)
+        return slot_S, row_TK, offsets, table
+    blocks, launches = _launches(rows, num_experts, tile_rows)
     if not blocks:
         launches[0](experts_TK, slot_S, row_TK, offsets, table)
         return slot_S, row_TK, offsets, table
     count, scan, scatter = launches
     buckets = scan.constants["BUCKETS"]
-    counts = torch.empty(2, blocks, buckets, dtype=torch.int32, device=device)
-    count(experts_TK, counts)
-    scan(offsets, counts)
-    scatter(experts_TK, counts, slot_S, row_TK, offsets, table)
+    made = torch.empty(2, blocks, buckets, dtype=torch.int32, device=device)
+    count(experts_TK, made)
+    scan(offsets, made)
+    scatter(experts_TK, made, slot_S, row_TK, offsets, table)
     return slot_S, row_TK, offsets, table

@@ -95,19 +95,20 @@ def num_tiles(rows: int, num_experts: int, tile_rows: int) -> int:
     return min(rows, -(-rows // tile_rows) + num_experts)
 
 
-def sort_by_expert(experts_TK: Tensor, num_experts: int) -> Ragged:
+def sort_by_expert(experts_TK: Tensor, num_experts: int, counted: Tensor | None = None) -> Ragged:
     """Stable sort of the slots by expert, without a host sync.
 
     Args:
         experts_TK: (T, K) int32 or int64; anything outside 0..E-1 is dropped.
         num_experts: E.
+        counted: what `counts_of` says of these experts; saves the kernels two launches.
     """
     rows = experts_TK.numel()
     if rows and INSTALLED and (experts_TK.is_cuda or interpreting()):
         from turnout.ragged.kernels import launch_sort
 
         tile_rows = tile_rows_of(rows, num_experts)
-        slot_S, row_TK, offsets, tiles = launch_sort(experts_TK, num_experts, tile_rows)
+        slot_S, row_TK, offsets, tiles = launch_sort(experts_TK, num_experts, tile_rows, counted)
         return Ragged(
             slot_S=slot_S,
             row_TK=row_TK,

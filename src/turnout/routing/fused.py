@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from turnout.device import device_of
 from turnout.launch import INSTALLED, Launch, interpreting, power_of_2
+from turnout.ragged import counts
 from turnout.routing.rules import Routing
 from turnout.specs import RouteSpec
 
@@ -52,12 +53,14 @@ def route(
 ) -> Routing:
     """`turnout.routing.rules.route`, unchecked, on what `rejects` does not reject."""
     _kernels()
-    experts, weights, always = _Route.apply(
-        logits_TE, expert_scale_E, scale, None if bias_E is None else bias_E.detach(), experts_TK,
-        spec,
-    )  # fmt: skip
+    bias_E = None if bias_E is None else bias_E.detach()
+    experts, weights, always, counted = _Route.apply(
+        logits_TE, expert_scale_E, scale, bias_E, experts_TK, spec
+    )
     if experts_TK is not None:
         experts = experts_TK.long()
+    elif counted.numel():
+        counts.attach(experts, logits_TE.shape[1] - spec.n_always, counted)
     return Routing(experts, weights, always if spec.n_always else None, logits_TE)
 
 
@@ -72,7 +75,7 @@ def _kernels() -> Any:
 @lru_cache(maxsize=1024)
 def _constants(spec: RouteSpec, num_experts: int, libdevice: bool) -> dict[str, Any]:
     """What both kernels are compiled for."""
-    block_e = max(16, power_of_2(num_experts))
+    block_e = counts.buckets(num_experts)
     return {
         "K": spec.top_k,
         "SCORE": spec.score,
@@ -83,7 +86,7 @@ def _constants(spec: RouteSpec, num_experts: int, libdevice: bool) -> dict[str, 
         "CLAMP": spec.eps_mode == "clamp",
         "HAS_ALWAYS": spec.n_always > 0,
         "LIBDEVICE": libdevice,
-        "BLOCK_T": max(1, min(64, 4096 // block_e)),
+        "BLOCK_T": counts.tile_tokens(num_experts),
         "BLOCK_E": block_e,
         "BLOCK_A": power_of_2(max(spec.n_always, 1)),
         "BLOCK_K": power_of_2(spec.top_k),
@@ -101,6 +104,7 @@ def _forward_launch(
     expert_scale: bool,
     scale: bool,
     given: bool,
+    count: bool,
     libdevice: bool,
 ) -> Launch:
     shared = _constants(spec, num_experts, libdevice)
@@ -119,12 +123,16 @@ def _forward_launch(
         "HAS_EXPERT_SCALE": expert_scale,
         "HAS_SCALE": scale,
         "GIVEN": given,
+        "COUNT": count,
         **{name: shared[name] for name in last},
         "BLOCK_G": power_of_2(spec.n_group),
         "BLOCK_TG": power_of_2(spec.topk_group),
     }
-    numbers = (num_experts, spec.n_always, stride, spec.softcap, spec.eps, spec.scale, tokens)
-    grid = (-(-tokens // shared["BLOCK_T"]), 1, 1)
+    steps = counts.block_tokens(tokens, num_experts) // shared["BLOCK_T"]
+    numbers = (
+        num_experts, spec.n_always, stride, spec.softcap, spec.eps, spec.scale, tokens, steps
+    )  # fmt: skip
+    grid = (-(-tokens // (steps * shared["BLOCK_T"])), 1, 1)
     return Launch(_kernels().route_kernel, grid, numbers, constants, 4)
 
 
@@ -157,10 +165,11 @@ def _rows(logits_TE: Tensor) -> Tensor:
 
 
 class _Route(torch.autograd.Function):
-    """(logits, expert_scale, scale, bias, given experts, spec) to (experts, weights, always)."""
+    """(logits, expert_scale, scale, bias, given experts, spec) to (experts, weights, always,
+    counts); the last is empty where nothing is counted."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
         expert_scale, scale, bias, given, spec = args
         tokens, num_experts = logits.shape[0], logits.shape[1] - spec.n_always
         rows = _rows(logits)
@@ -169,6 +178,9 @@ class _Route(torch.autograd.Function):
         always = logits.new_empty(tokens, spec.n_always, dtype=dtype)
         experts = logits.new_empty(tokens, spec.top_k, dtype=torch.int64)
         given = None if given is None else given.contiguous()
+        count = given is None and counts.pays(tokens, spec.top_k)
+        shape = counts.shape(tokens, num_experts) if count else (0,)
+        counted = logits.new_empty(shape, dtype=torch.int32)
         native = spec.score_dtype == "logits" and logits.dtype != torch.float32
         rounds = native and (
             bias is None or torch.promote_types(logits.dtype, bias.dtype) == logits.dtype
@@ -184,6 +196,7 @@ class _Route(torch.autograd.Function):
                 expert_scale is not None,
                 scale is not None,
                 given is not None,
+                count,
                 not interpreting(),
             )(
                 rows,
@@ -194,16 +207,17 @@ class _Route(torch.autograd.Function):
                 None if given is not None else experts,
                 weights,
                 always if spec.n_always else None,
+                counted if count else None,
             )
-        ctx.mark_non_differentiable(experts)
+        ctx.mark_non_differentiable(experts, counted)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, experts if given is None else given, expert_scale, scale)
         ctx.spec = spec
-        return experts, weights, always
+        return experts, weights, always, counted
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Any, dweights: Tensor | None, dalways: Tensor | None) -> Any:
+    def backward(ctx: Any, _: Any, dweights: Tensor | None, dalways: Tensor | None, __: Any) -> Any:
         logits, experts, expert_scale, scale = ctx.saved_tensors
         spec: RouteSpec = ctx.spec
         if dweights is None and dalways is None:

@@ -100,7 +100,8 @@ def _keys(values, mask, index, BLOCK: tl.constexpr):
 
 @triton.jit
 def _top(keys, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(BLOCK_T, BLOCK_K) indices of the K largest keys of each row, largest first."""
+    """(BLOCK_T, BLOCK_K) indices of the K largest keys of each row, largest first; and the keys
+    with those struck out."""
     place = tl.arange(0, BLOCK_K)[None, :]
     found = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     for k in range(K):
@@ -108,7 +109,7 @@ def _top(keys, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOC
         index = (BLOCK - 1 - (best & 0xFFFFFFFF)).to(tl.int32)
         found = tl.where(place == k, index[:, None], found)
         keys = tl.where(keys == best[:, None], -9223372036854775807, keys)
-    return found
+    return found, keys
 
 
 @triton.jit
@@ -144,7 +145,7 @@ def _mask_groups(
             first = _round(first, DTYPE, ROUND)
         group_scores = tl.where(groups == g, first[:, None], group_scores)
     keys = _keys(group_scores, groups < GROUPS, groups, BLOCK_G)
-    chosen = _top(keys, TOP_GROUPS, BLOCK_G, BLOCK_T, BLOCK_TG)
+    chosen, _ = _top(keys, TOP_GROUPS, BLOCK_G, BLOCK_T, BLOCK_TG)
     places = tl.arange(0, BLOCK_TG)[None, :]
     kept = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
     for k in range(TOP_GROUPS):
@@ -258,7 +259,7 @@ def _row(
     return raw, z, raw_a, z_a, mask_e, mask_a, highest, total
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "steps"])
 def route_kernel(
     logits_ptr,
     bias_ptr,
@@ -268,6 +269,7 @@ def route_kernel(
     experts_ptr,
     weights_ptr,
     always_ptr,
+    counts_ptr,
     E,
     A,
     stride_t,
@@ -275,6 +277,7 @@ def route_kernel(
     eps,
     factor,
     T,
+    steps,
     K: tl.constexpr,
     SCORE: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -292,6 +295,7 @@ def route_kernel(
     HAS_EXPERT_SCALE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     GIVEN: tl.constexpr,
+    COUNT: tl.constexpr,
     HAS_ALWAYS: tl.constexpr,
     LIBDEVICE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -301,98 +305,107 @@ def route_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_TG: tl.constexpr,
 ):
-    """Computes experts and weights of BLOCK_T tokens, as `RouteSpec` says.
+    """Computes experts and weights of steps * BLOCK_T tokens, as `RouteSpec` says; and how many of
+    them go to each expert, which is what sorting them begins with.
 
     Grid: blocks of tokens. Assumes a row of logits fits the registers of a block (E to 1024).
     Cost: T (E + A) reads, T K (8 + 4) bytes written; K passes of comparisons over the row.
     """
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    _, z, _, z_a, mask_e, mask_a, highest, total = _row(
-        logits_ptr,
-        t,
-        E,
-        A,
-        stride_t,
-        T,
-        softcap,
-        SCORE,
-        NATIVE,
-        CAP,
-        HAS_ALWAYS,
-        LIBDEVICE,
-        BLOCK_T,
-        BLOCK_E,
-        BLOCK_A,
-    )
-    rows = logits_ptr + t[:, None] * stride_t
-    index = tl.arange(0, BLOCK_E)[None, :]
-    a = tl.arange(0, BLOCK_A)[None, :]
-    k = tl.arange(0, BLOCK_K)[None, :]
-    mask_k = (k < K) & (t < T)[:, None]
-    if GIVEN:
-        chosen = tl.load(given_ptr + t[:, None] * K + k, mask=mask_k, other=0).to(tl.int32)
-    else:
-        if SCORE == "softmax" and not HAS_BIAS and GROUPS == 1:
-            values = z
+    block = tl.program_id(0).to(tl.int64)
+    counts = tl.zeros([BLOCK_E], tl.int32)
+    for step in range(steps):
+        t = (block * steps + step) * BLOCK_T + tl.arange(0, BLOCK_T)
+        _, z, _, z_a, mask_e, mask_a, highest, total = _row(
+            logits_ptr,
+            t,
+            E,
+            A,
+            stride_t,
+            T,
+            softcap,
+            SCORE,
+            NATIVE,
+            CAP,
+            HAS_ALWAYS,
+            LIBDEVICE,
+            BLOCK_T,
+            BLOCK_E,
+            BLOCK_A,
+        )
+        rows = logits_ptr + t[:, None] * stride_t
+        index = tl.arange(0, BLOCK_E)[None, :]
+        a = tl.arange(0, BLOCK_A)[None, :]
+        k = tl.arange(0, BLOCK_K)[None, :]
+        mask_k = (k < K) & (t < T)[:, None]
+        if GIVEN:
+            chosen = tl.load(given_ptr + t[:, None] * K + k, mask=mask_k, other=0).to(tl.int32)
         else:
-            if SCORE == "softmax":
-                values = _exp(z - highest[:, None], LIBDEVICE) / total[:, None]
+            if SCORE == "softmax" and not HAS_BIAS and GROUPS == 1:
+                values = z
             else:
-                values = _pointwise(z, SCORE, LIBDEVICE)
-            values = _round(values, dtype, NATIVE)
-            if HAS_BIAS:
-                values += tl.load(bias_ptr + index, mask=index < E, other=0.0).to(tl.float32)
-                values = _round(values, dtype, ROUND_VALUES)
-            if GROUPS > 1:
-                values = _mask_groups(
-                    values,
-                    mask_e,
-                    SIZE,
-                    GROUPS,
-                    TOP_GROUPS,
-                    GROUP_MAX,
-                    FILL_ZERO,
-                    dtype,
-                    ROUND_VALUES,
-                    BLOCK_T,
-                    BLOCK_E,
-                    BLOCK_G,
-                    BLOCK_TG,
-                )
-        # a row past the end takes part too, so that its indices stay in range
-        chosen = _top(_keys(values, index < E, index, BLOCK_E), K, BLOCK_E, BLOCK_T, BLOCK_K)
-        tl.store(experts_ptr + t[:, None] * K + k, chosen.to(tl.int64), mask=mask_k)
-    mask_c = mask_k & (chosen >= 0) & (chosen < E)
-    z_c = tl.load(rows + chosen, mask=mask_c, other=0.0).to(tl.float32)
-    z_c = _capped(z_c, softcap, CAP, dtype, NATIVE, LIBDEVICE)
-    _, _, u_c, u_a, _ = _shares(
-        z_c,
-        z_a,
-        mask_c,
-        mask_a,
-        highest,
-        total,
-        eps,
-        SCORE,
-        NORM,
-        LOG,
-        CLAMP,
-        dtype,
-        NATIVE,
-        LIBDEVICE,
-        HAS_ALWAYS,
-    )
-    f = factor
-    if HAS_SCALE:
-        f = factor * tl.load(scale_ptr).to(tl.float32)
-    w = _round(u_c * f, dtype, NATIVE)
-    if HAS_EXPERT_SCALE:
-        w *= tl.load(expert_scale_ptr + chosen, mask=mask_c, other=0.0).to(tl.float32)
-    tl.store(weights_ptr + t[:, None] * K + k, w.to(weights_ptr.dtype.element_ty), mask=mask_k)
-    if HAS_ALWAYS:
-        w_a = (u_a * f).to(always_ptr.dtype.element_ty)
-        tl.store(always_ptr + t[:, None] * A + a, w_a, mask=mask_a)
+                if SCORE == "softmax":
+                    values = _exp(z - highest[:, None], LIBDEVICE) / total[:, None]
+                else:
+                    values = _pointwise(z, SCORE, LIBDEVICE)
+                values = _round(values, dtype, NATIVE)
+                if HAS_BIAS:
+                    values += tl.load(bias_ptr + index, mask=index < E, other=0.0).to(tl.float32)
+                    values = _round(values, dtype, ROUND_VALUES)
+                if GROUPS > 1:
+                    values = _mask_groups(
+                        values,
+                        mask_e,
+                        SIZE,
+                        GROUPS,
+                        TOP_GROUPS,
+                        GROUP_MAX,
+                        FILL_ZERO,
+                        dtype,
+                        ROUND_VALUES,
+                        BLOCK_T,
+                        BLOCK_E,
+                        BLOCK_G,
+                        BLOCK_TG,
+                    )
+            # a row past the end takes part too, so that its indices stay in range
+            keys = _keys(values, index < E, index, BLOCK_E)
+            chosen, keys = _top(keys, K, BLOCK_E, BLOCK_T, BLOCK_K)
+            tl.store(experts_ptr + t[:, None] * K + k, chosen.to(tl.int64), mask=mask_k)
+            if COUNT:
+                counts += tl.sum(((keys == -9223372036854775807) & mask_e).to(tl.int32), 0)
+        mask_c = mask_k & (chosen >= 0) & (chosen < E)
+        z_c = tl.load(rows + chosen, mask=mask_c, other=0.0).to(tl.float32)
+        z_c = _capped(z_c, softcap, CAP, dtype, NATIVE, LIBDEVICE)
+        _, _, u_c, u_a, _ = _shares(
+            z_c,
+            z_a,
+            mask_c,
+            mask_a,
+            highest,
+            total,
+            eps,
+            SCORE,
+            NORM,
+            LOG,
+            CLAMP,
+            dtype,
+            NATIVE,
+            LIBDEVICE,
+            HAS_ALWAYS,
+        )
+        f = factor
+        if HAS_SCALE:
+            f = factor * tl.load(scale_ptr).to(tl.float32)
+        w = _round(u_c * f, dtype, NATIVE)
+        if HAS_EXPERT_SCALE:
+            w *= tl.load(expert_scale_ptr + chosen, mask=mask_c, other=0.0).to(tl.float32)
+        tl.store(weights_ptr + t[:, None] * K + k, w.to(weights_ptr.dtype.element_ty), mask=mask_k)
+        if HAS_ALWAYS:
+            w_a = (u_a * f).to(always_ptr.dtype.element_ty)
+            tl.store(always_ptr + t[:, None] * A + a, w_a, mask=mask_a)
+    if COUNT:
+        tl.store(counts_ptr + block * BLOCK_E + tl.arange(0, BLOCK_E), counts)
 
 
 @triton.jit(do_not_specialize=["T"])

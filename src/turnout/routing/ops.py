@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from turnout.library import reads_values
 from turnout.routing import fused, rules
 from turnout.routing.rules import Routing
 from turnout.specs import RouteSpec
@@ -45,7 +46,8 @@ def route(
 
     Raises:
         ValueError: wrong shape, dtype or device; a spec that can not be met with E experts; given
-            indices out of range (checked on the CPU only).
+            indices out of range (checked on the CPU, and elsewhere with PyTorch's anomaly detection
+            on); NaN in the logits (checked with anomaly detection on).
     """
     _check(logits_TE, spec, bias_E, expert_scale_E, scale, experts_TK)
     is_fused = not torch.compiler.is_compiling() and fused.rejects(logits_TE, spec) is None
@@ -111,6 +113,12 @@ def _check(
             raise ValueError(f"{name} has dtype {tensor.dtype}; expected a float dtype")
     if experts is not None:
         _check_given(experts, logits.shape[0], num_experts, spec)
+    if torch.is_anomaly_enabled() and reads_values(logits) and logits.isnan().any():
+        rows = logits.isnan().any(1).nonzero().flatten()
+        raise ValueError(
+            f"logits_TE has NaN in {len(rows)} of {logits.shape[0]} rows, first in row "
+            f"{int(rows[0])}; expected numbers. Look for what made them in the layers before"
+        )
 
 
 def _check_given(experts: Tensor, tokens: int, num_experts: int, spec: RouteSpec) -> None:
@@ -120,8 +128,9 @@ def _check_given(experts: Tensor, tokens: int, num_experts: int, spec: RouteSpec
         raise ValueError(
             f"experts_TK has shape {tuple(experts.shape)}; expected ({tokens}, {spec.top_k})"
         )
-    on_host = experts.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_host and experts.numel() and (experts.min() < 0 or experts.max() >= num_experts):
+    if not reads_values(experts):
+        return
+    if experts.numel() and (experts.min() < 0 or experts.max() >= num_experts):
         raise ValueError(
             f"experts_TK holds {int(experts.min())}..{int(experts.max())}; expected 0.."
             f"{num_experts - 1}"
