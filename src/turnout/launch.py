@@ -7,19 +7,20 @@ that it met before, it calls the compiled kernel with bare addresses, which cost
 instead of tens. Everything else goes through Triton.
 
 A kernel's parameters stand in this order: tensors, numbers, constexprs. Numbers that change with
-the count of tokens are listed in the kernel's `do_not_specialize`.
+the count of tokens are listed in the kernel's `do_not_specialize`. A tensor that Hopper's copy
+engine (TMA) reads is given to the kernel as a descriptor, made from its `TensorMap` and address.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, reduce
 from importlib.util import find_spec
 from operator import or_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,6 +94,42 @@ def stream_of(device: int) -> int:
     return _triton()[1](device)
 
 
+class TensorMap(NamedTuple):
+    """What TMA has to know of a tensor besides its address; the last dim is contiguous.
+
+    Attributes:
+        shape, strides: in elements; what a copy takes beyond the shape is zero.
+        box: what one copy takes.
+    """
+
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    box: tuple[int, int]
+
+    def describe(self, tensor: Tensor) -> Any:
+        """The descriptor that Triton compiles for."""
+        from triton.experimental.gluon import language
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        name = str(tensor.dtype).removeprefix("torch.")
+        layout = language.NVMMASharedLayout.get_default_for(self.box, vars(language)[name])
+        return TensorDescriptor(tensor, [*self.shape], [*self.strides], [*self.box], layout)
+
+
+class _Placed:
+    """What Triton's launcher reads of a descriptor."""
+
+    __slots__ = ("address", "base", "padding", "shape", "strides")
+
+    def __init__(self, tensor_map: TensorMap, address: int) -> None:
+        self.address, self.base, self.padding = address, self, "zero"
+        self.shape, self.strides = tensor_map.shape, tensor_map.strides
+
+    def data_ptr(self) -> int:
+        """Of the tensor."""
+        return self.address
+
+
 class Launch:
     """One kernel with everything fixed but the tensors. Build it once, behind an `lru_cache`.
 
@@ -102,9 +139,10 @@ class Launch:
         numbers: the run-time integers and floats.
         constants: constexpr parameters by name, in the kernel's order.
         num_warps, num_stages: Triton's options.
+        maps: of the tensors that are given as descriptors, by their place.
     """
 
-    __slots__ = ("_ready", "_rest", "constants", "grid", "kernel", "numbers", "options")
+    __slots__ = ("_ready", "_rest", "constants", "grid", "kernel", "maps", "numbers", "options")
 
     def __init__(
         self,
@@ -114,7 +152,9 @@ class Launch:
         constants: dict[str, Any],
         num_warps: int,
         num_stages: int = 1,
+        maps: dict[int, TensorMap] | None = None,
     ) -> None:
+        self.maps = maps or {}
         self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
         self._rest = (*numbers, *constants.values())
@@ -123,6 +163,16 @@ class Launch:
     def ready(self, device: int, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
         """Triton's launcher, function and metadata for tensors of these dtypes, once compiled."""
         return self._ready.get((device, _kinds(tensors)))
+
+    def arguments(self, addresses: Sequence[int | None]) -> Sequence[Any]:
+        """Addresses as the compiled kernel takes them."""
+        if not self.maps:
+            return addresses
+        found: list[Any] = list(addresses)
+        for place, tensor_map in self.maps.items():
+            address = addresses[place]
+            found[place] = None if address is None else _Placed(tensor_map, address)
+        return found
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Run on the device of the first tensor, in that device's current stream."""
@@ -151,9 +201,14 @@ class Launch:
         if ready is not None and is_aligned and not profiled():
             run, *head = ready
             stream = get_stream(device)
-            run(*self.grid, stream, *head, None, None, None, *addresses, *self._rest)
+            args = self.arguments(addresses)
+            run(*self.grid, stream, *head, None, None, None, *args, *self._rest)
             return
-        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
+        given: list[Any] = list(tensors)
+        for place, tensor_map in self.maps.items():
+            tensor = tensors[place]
+            given[place] = None if tensor is None else tensor_map.describe(tensor)
+        compiled = self.kernel[self.grid](*given, *self.numbers, **self.constants, **self.options)
         if is_aligned:
             parts = (compiled.run, compiled.function, compiled.packed_metadata)
             self._ready.setdefault(key, parts)

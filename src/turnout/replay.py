@@ -207,6 +207,11 @@ def _observed() -> bool:
     return listening() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def forget() -> None:
+    """Drops what was recorded: the next call of every function runs it again."""
+    _programs.clear()
+
+
 def why_not(key: Hashable) -> str | None:
     """What kept the function with this key from being replayed, if it was recorded."""
     found = _programs.get(key)
@@ -304,7 +309,7 @@ def _compile(device: torch.device, tape: _Tape, outputs: Sequence[Tensor]) -> _P
                 seen[owner] = (seen.get(owner, (number, 0))[0], number)
             picks.append(places.setdefault((is_input, owner, offset), len(places)))
         assert len(picks) > 1, "a kernel reads one tensor and writes another"
-        runs.append((launch, ready, itemgetter(*picks)))
+        runs.append((launch, ready, _picker(launch, picks)))
     steps = []
     for number, (launch, (run, *head), pick) in enumerate(runs):
         born = tuple(m for m, (first, _) in seen.items() if first == number)
@@ -324,6 +329,14 @@ def _compile(device: torch.device, tape: _Tape, outputs: Sequence[Tensor]) -> _P
         len(places),
         tuple(steps),
     )
+
+
+def _picker(launch: Launch, picks: list[int]) -> Callable[[list[int | None]], Sequence[Any]]:
+    """Takes a launch's addresses from all of them, as its compiled kernel wants them."""
+    pick = itemgetter(*picks)
+    if not launch.maps:
+        return pick
+    return lambda flat: launch.arguments(pick(flat))
 
 
 def _plan(

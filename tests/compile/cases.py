@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from recording import Launch, chip, recording
 
 from problems import GPT_OSS, random_problem, run
 from turnout import Activation, RouteSpec
+from turnout.experts import gemm_hopper
 from turnout.ragged import counts_of, sort_by_expert
 from turnout.routing import fused
 from turnout.shapes import SHAPES
@@ -56,7 +58,12 @@ CALL_DTYPES = ("bf16", "fp32", "fp32-autocast")
 
 
 def record(
-    arch: int, dtype: str, model: dict[str, Any], rows_per_expert: int, call: str
+    arch: int,
+    dtype: str,
+    model: dict[str, Any],
+    rows_per_expert: int,
+    call: str,
+    backend: str = "auto",
 ) -> dict[str, Launch]:
     """The launches of one forward and backward pass, by key."""
     changes, options, everything = CALLS[call]
@@ -64,8 +71,19 @@ def record(
     with recording(chip(arch)) as found:
         problem = random_problem(tokens=tokens, **(LORA | model | DTYPES[dtype] | changes))
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype.endswith("autocast")):
-            run(problem, None if everything else problem.trained_by_lora, **options)
+            needs = None if everything else problem.trained_by_lora
+            run(problem, needs, backend=backend, **options)
     return found
+
+
+HOPPER_ODD = {"hidden": 320, "intermediate": 192, "num_experts": 8, "rank_up": 33}
+
+
+def hopper(dtype: str, model: dict[str, Any], call: str) -> list[Launch]:
+    """The launches of the Hopper kernels in one forward and backward pass."""
+    with patch.object(gemm_hopper, "UNPROVEN", None):
+        found = record(90, dtype, model, USUAL, call, backend="hopper")
+    return [one for one in found.values() if "hopper" in one.kernel.__module__]
 
 
 # Rules of the router with their experts; the third has everything that is a switch.

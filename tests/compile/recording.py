@@ -26,7 +26,7 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import CompiledKernel
 from triton.runtime.errors import TritonError
 from triton.runtime.jit import JITFunction
 
@@ -87,7 +87,9 @@ class Launch:
         """The constexprs."""
         names = self.kernel.arg_names
         of = {names[path[0]]: value for path, value in self.constants.items()}
-        return {name: of[name] for name, kind in self.signature.items() if kind == "constexpr"}
+        found = {name: of[name] for name, kind in self.signature.items() if kind == "constexpr"}
+        rule = found.pop("RULE", None)  # the Hopper kernels have all of theirs in one
+        return found if rule is None else found | {n.upper(): v for n, v in rule._asdict().items()}
 
     @property
     def pointers(self) -> dict[str, str]:
@@ -216,7 +218,9 @@ def _address(tensor: Tensor) -> int:
 
 def compiled(launch: Launch) -> CompiledKernel:
     """The machine code; from Triton's cache if it was compiled before."""
-    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    source = launch.kernel.ASTSource(
+        launch.kernel, launch.signature, launch.constants, launch.attributes
+    )
     target = GPUTarget("cuda", launch.arch, 32)
     return triton.compile(source, target=target, options=launch.options)
 

@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 import triton
-from cases import DTYPES, MODELS, USUAL, hot, hungriest, launches, record
+from cases import (
+    CALLS,
+    DTYPES,
+    HOPPER_ODD,
+    MODELS,
+    USUAL,
+    hopper,
+    hot,
+    hungriest,
+    launches,
+    record,
+)
 from recording import SHARED_MEMORY, Launch, chip, compiled, rejects, resources
 
 import turnout
@@ -56,12 +67,39 @@ def test_a_hot_kernel_spills() -> None:
         assert spilled <= SPILLED, f"{one} keeps {spilled} bytes in local memory"
 
 
+@pytest.mark.parametrize("model", ["qwen3-30b", "gptoss-20b"])
+def test_a_hopper_kernel_does_not_fit_or_spills(model: str) -> None:
+    found = hopper("bf16", MODELS[model], "everything trains")
+    assert len(found) == 6, "four products, and two gradients of weights"
+    assert_all_run(found, 90)
+    for one in found:
+        spilled = resources(compiled(one))["STACK"]
+        assert spilled <= SPILLED, f"{one} keeps {spilled} bytes in local memory"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_hopper_launch_does_not_fit_the_chip(dtype: str) -> None:
+    found: dict[str, Launch] = {}
+    for model in (MODELS["qwen3-30b"], MODELS["gptoss-20b"], HOPPER_ODD):
+        for call in CALLS:
+            found |= {one.key: one for one in hopper(dtype, model, call)}
+    assert_all_run(list(found.values()), 90)
+
+
 def test_a_kernel_is_not_among_the_recorded() -> None:
     source = Path(turnout.__file__).parent
-    jitted = re.compile(r"^@triton\.jit[^\n]*\ndef (\w+_kernel)\(", re.MULTILINE)
-    kernels = {name for path in source.rglob("*.py") for name in jitted.findall(path.read_text())}
-    assert "rows_kernel" in kernels
-    assert kernels == {one.kernel.__name__ for one in hungriest(90)}
+    jitted = re.compile(r"^@(?:triton|gluon)\.jit[^\n]*\ndef (\w+_kernel)\(", re.MULTILINE)
+    kernels = {
+        (path.stem, name)
+        for path in source.rglob("*.py")
+        for name in jitted.findall(path.read_text())
+    }
+    assert ("triton_kernels", "rows_kernel") in kernels
+    recorded = [*hungriest(90), *hopper("bf16", MODELS["qwen3-30b"], "everything trains")]
+    names = {(one.kernel.__module__.split(".")[-1], one.kernel.__name__) for one in recorded}
+    assert kernels == names
 
 
 def planted(arch: int, **changes: int) -> Launch:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import random
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from turnout import launch as launching
 from turnout import replay
+from turnout.launch import TensorMap
 from turnout.replay import replayed, why_not
 
 N = 64
@@ -32,6 +34,7 @@ class Kernel:
     """out = a * factor + b on N elements; compiled, that is fixed to a dtype, at its first call."""
 
     grid, constants = (1, 1, 1), {"N": N}
+    maps: ClassVar[dict[int, TensorMap]] = {}
 
     def __init__(self, factor: float) -> None:
         self.numbers = (factor,)
@@ -44,13 +47,26 @@ class Kernel:
         dtype = tensors[0].dtype
         ready = self._ready.setdefault(dtype, (_run, dtype, None))
         addresses = [None if t is None else t.data_ptr() for t in tensors]
-        ready[0](1, 1, 1, 0, *ready[1:], None, None, None, *addresses, *self.numbers, N)
+        args = self.arguments(addresses)
+        ready[0](1, 1, 1, 0, *ready[1:], None, None, None, *args, *self.numbers, N)
         if launching._listener.heard is not None:
             launching._listener.heard(self, tensors)
+
+    def arguments(self, addresses: Sequence[int | None]) -> Sequence[Any]:
+        return launching.Launch.arguments(self, addresses)  # type: ignore[arg-type]
+
+
+class Mapped(Kernel):
+    """Takes its first tensor as a descriptor."""
+
+    maps: ClassVar = {0: TensorMap((1, N), (N, 1), (1, N))}
 
 
 def _run(x: int, y: int, z: int, stream: int, dtype: Any, *rest: Any) -> None:
     _, _, _, _, a, b, out, factor, _ = rest
+    if not isinstance(a, int):
+        assert (a.shape, a.strides, a.padding) == ((1, N), (N, 1), "zero")
+        a = a.base.data_ptr()
     value = _view(a, dtype) * factor
     _view(out, dtype)[:] = value if b is None else value + _view(b, dtype)
 
@@ -102,6 +118,14 @@ def test_a_replay_computes_something_else() -> None:
     for _ in range(5):
         check(run, *inputs())
     assert run.calls == 2, "once as it is, once recorded, then replayed"
+
+
+def test_a_replay_gives_a_descriptor_of_the_recorded_tensor() -> None:
+    run = Pass()
+    run.kernels = Mapped(3.0), Mapped(2.0), Kernel(5.0)
+    for _ in range(5):
+        check(run, *inputs())
+    assert run.calls == 2
 
 
 def test_a_replay_writes_where_the_recording_did() -> None:

@@ -37,7 +37,7 @@ def _exp(x):
     log2e: tl.constexpr = 1.4426950408889634
     log2e_low: tl.constexpr = 1.925963033500e-08
     t = x * log2e
-    rest = tl.fma(x, log2e + tl.zeros_like(x), -t) + x * log2e_low
+    rest = tl.fma(x, log2e, -t) + x * log2e_low
     power = tl.exp2(t)
     return tl.fma(power, rest * 0.6931471805599453, power)
 
@@ -47,7 +47,7 @@ def _sigmoid(x):
     """1 / (1 + e^-x), the quotient refined by one Newton step."""
     below = 1.0 + _exp(-x)
     inverse = 1.0 / below
-    refined = tl.fma(inverse, tl.fma(-below, inverse, 1.0 + tl.zeros_like(x)), inverse)
+    refined = tl.fma(inverse, tl.fma(-below, inverse, 1.0), inverse)
     return tl.where(x < -80.0, 0.0, refined)  # where e^-x was clamped
 
 

@@ -1,0 +1,271 @@
+"""Grouped GEMM for Hopper: TMA, wgmma, a producer and two consumers per multiprocessor.
+
+The wide products run here; the narrow ones of adapters, which are bound by memory, and whatever a
+copy by TMA can not read (`_why_portable`, `_why_portable_gram`) run in the portable kernels, to the
+same numbers. The device code is in `hopper_kernels.py` and `hopper_gram.py`.
+
+Legend: S rows, T tokens, E experts, N output width, K contraction, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from turnout.device import Device, device_of
+from turnout.experts import gemm_triton
+from turnout.experts.hopper_config import DEPTH, ROWS, gram_rule, rows_rule
+from turnout.experts.operands import Activate, ActivateBackward, Operand, RowsOut, Tail
+from turnout.launch import INSTALLED, Launch, TensorMap, interpreting
+from turnout.ragged import Ragged, num_tiles
+from turnout.specs import Activation, GemmProblem
+
+NAME = "hopper"
+# None once tests/gpu has passed on a Hopper GPU.
+UNPROVEN: str | None = "is compiled in the tests, but has not run on a GPU yet"
+
+adapter_intermediate = gemm_triton.adapter_intermediate
+factors = gemm_triton.factors
+
+
+def rejects(problem: GemmProblem, device: Device) -> str | None:
+    """Why this back end can not run the problem, or None."""
+    if not INSTALLED:
+        return "Triton is not installed"
+    if interpreting():
+        return "Gluon has no interpreter"
+    if device.arch != 90:
+        return "needs sm_90" if device.arch is None else f"needs sm_90, this is sm_{device.arch}"
+    if problem.dtype not in ("float16", "bfloat16"):
+        return f"takes float16 and bfloat16, not {problem.dtype}"
+    return UNPROVEN
+
+
+def _why_portable(
+    problem: GemmProblem, a: Operand, w_ENK: Tensor, ragged: Ragged, tail: Tail | None
+) -> str | None:
+    """Why the portable kernel runs this product, or None."""
+    experts, n, k = w_ENK.shape
+    e, major, minor = w_ENK.stride() if problem.weight_k_major else _swapped(w_ENK).stride()
+    length = n if problem.weight_k_major else k
+    paired = problem.epilogue == "activate" and not (problem.activation or Activation()).interleaved
+    if problem.narrow:
+        return "narrow products are bound by memory"
+    if problem.dropout or a.weight_TK is not None:
+        return "operands are not changed on the way"
+    if problem.weight_dtype != problem.dtype or (
+        tail is not None and tail.b_ENR.dtype != w_ENK.dtype
+    ):
+        return "TMA does not convert"
+    if ragged.tile_rows != ROWS:
+        return "few rows per expert are bound by reading weights"
+    if minor != 1 or major % 8 or e != length * major or experts * length >= 2**31:
+        return "TMA reads all experts as one matrix with aligned rows"
+    if k % DEPTH and (problem.gathered or not problem.weight_k_major):
+        return f"K is no multiple of {DEPTH}"
+    if k % 8 or a.rows.stride(0) % 8 or n % 8:
+        return "TMA reads rows aligned to 16 bytes"
+    if paired and not problem.weight_k_major:
+        return "gate and up columns of one tile are not contiguous"
+    if tail is not None and not _dense_tail(tail.b_ENR, problem.weight_k_major):
+        return "the adapter does not lie as the weight does"
+    return None
+
+
+def _swapped(w_ENK: Tensor) -> Tensor:
+    return w_ENK.transpose(1, 2)
+
+
+def _dense_tail(b_ENR: Tensor, k_major: bool) -> bool:
+    return (b_ENR if k_major else _swapped(b_ENR)).is_contiguous()
+
+
+@lru_cache(maxsize=4096)
+def _rows_launch(
+    problem: GemmProblem,
+    device: torch.device,
+    top_k: int,
+    row_stride: int,
+    weight_stride: int,
+    width: int,
+    weighted: bool,
+    keep_z: bool,
+    keep_h: bool,
+) -> tuple[Launch, int]:
+    """What is launched, and its column tiles."""
+    from turnout.experts.hopper_kernels import rows_kernel
+
+    rule = rows_rule(problem, top_k, weighted=weighted, keep_z=keep_z, keep_h=keep_h)
+    n, k, rank, experts = problem.n, problem.k, problem.rank, problem.experts
+    half = n // 2 if problem.epilogue == "activate" and rule.gated else 0
+    num_n = -(-(2 * half if rule.paired else n) // rule.block_n)
+    rows_box = (rule.block_m, rule.block_k)
+    weight_box = (rule.block_n // 2 if rule.paired else rule.block_n, rule.block_k)
+    if rule.n_major:
+        weight_box = (rule.block_k, rule.block_n)
+
+    def weights(width_k: int, stride: int) -> TensorMap:
+        shape = (experts * width_k, n) if rule.n_major else (experts * n, width_k)
+        return TensorMap(shape, (stride, 1), weight_box)
+
+    maps = {1: weights(k, weight_stride)}
+    if not rule.gather:
+        maps[0] = TensorMap((problem.rows, k), (row_stride, 1), rows_box)
+    if rank:
+        maps[4] = TensorMap((problem.rows, rank), (rank, 1), rows_box)
+        maps[5] = weights(rank, n if rule.n_major else rank)
+    tiles = num_tiles(problem.rows, experts, rule.block_m)
+    numbers = (n, k, rank, half, row_stride, width, num_n, tiles)
+    grid = (min(device_of(device).num_sms, tiles * num_n), 1, 1)
+    return Launch(rows_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps), num_n
+
+
+def _width(problem: GemmProblem, epilogue: Activate | ActivateBackward | None) -> int:
+    """Columns of the result."""
+    if isinstance(epilogue, ActivateBackward):
+        return epilogue.z_SG.shape[1]
+    gated = epilogue is not None and epilogue.activation.gated
+    return problem.n // 2 if gated else problem.n
+
+
+def launch_rows(
+    problem: GemmProblem,
+    a: Operand,
+    w_ENK: Tensor,
+    ragged: Ragged,
+    dtype: torch.dtype,
+    bias_EN: Tensor | None,
+    tail: Tail | None,
+    epilogue: Activate | ActivateBackward | None,
+    scale: float,
+) -> RowsOut:
+    """`turnout.experts.gemm.grouped_gemm` on Hopper."""
+    rows, by_token = gemm_triton._rows_of(a, ragged, dtype)
+    a = replace(a, rows=rows)
+    if not ragged.num_rows or _why_portable(problem, a, w_ENK, ragged, tail) is not None:
+        return gemm_triton.launch_rows(
+            problem, a, w_ENK, ragged, dtype, bias_EN, tail, epilogue, scale
+        )
+    assert by_token == problem.gathered
+    assert scale == 1.0
+    backward = epilogue if isinstance(epilogue, ActivateBackward) else None
+    keep_z = isinstance(epilogue, Activate) and epilogue.keep_z
+    keep_h = backward is not None and backward.keep_h
+    weight_TK = None if backward is None else backward.weight_TK
+    width = _width(problem, epilogue)
+    launch, num_n = _rows_launch(
+        problem,
+        w_ENK.device,
+        ragged.top_k,
+        rows.stride(0),
+        w_ENK.stride(1 if problem.weight_k_major else 2),
+        width,
+        weight_TK is not None,
+        keep_z,
+        keep_h,
+    )
+    count, device = ragged.num_rows, w_ENK.device
+    out = torch.empty(count, width, dtype=dtype, device=device)
+    z = torch.empty(count, problem.n, dtype=dtype, device=device) if keep_z else None
+    h = torch.empty(count, problem.n, dtype=dtype, device=device) if keep_h else None
+    dot = None
+    if backward is not None:
+        dot = torch.empty(count, num_n, dtype=torch.float32, device=device)
+    launch(
+        rows,
+        w_ENK,
+        out,
+        None if bias_EN is None else bias_EN.contiguous(),
+        None if tail is None else tail.xa_SR,
+        None if tail is None else tail.b_ENR,
+        z if backward is None else backward.z_SG,
+        h,
+        dot,
+        weight_TK,
+        ragged.slot_S,
+        ragged.tiles,
+        ragged.offsets,
+    )
+    return RowsOut(out, z, dot, h)
+
+
+def _why_portable_gram(problem: GemmProblem, a: Operand, b: Operand, out_ENK: Tensor) -> str | None:
+    """Why the portable kernel runs this product, or None."""
+    if problem.n < 128 or problem.k < 128:
+        return "narrow products are bound by memory"
+    if problem.dropout or a.weight_TK is not None or b.weight_TK is not None:
+        return "operands are not changed on the way"
+    if a.by_token == b.by_token:
+        return "one operand is gathered, the other is not"
+    if problem.n % 8 or problem.k % 8 or a.rows.stride(0) % 8 or b.rows.stride(0) % 8:
+        return "rows are copied 16 bytes at a time"
+    if 1 not in out_ENK.stride()[1:]:
+        return "the result has no contiguous dim"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _gram_launch(
+    n: int,
+    k: int,
+    rows: int,
+    experts: int,
+    device: torch.device,
+    top_k: int,
+    gather_a: bool,
+    row_strides: tuple[int, int],
+    out_strides: tuple[int, int],
+) -> Launch:
+    from turnout.experts.hopper_gram import gram_kernel
+
+    rule = gram_rule(n, k, top_k, gather_a)
+    if gather_a:
+        maps = {3: TensorMap((rows, k), (row_strides[1], 1), (rule.block_m, rule.block_k))}
+    else:
+        maps = {2: TensorMap((rows, n), (row_strides[0], 1), (rule.block_m, rule.block_n))}
+    num_n, num_k = -(-n // rule.block_n), -(-k // rule.block_k)
+    numbers = (n, k, *row_strides, *out_strides, num_n, num_k, experts)
+    grid = (min(device_of(device).num_sms, experts * num_n * num_k), 1, 1)
+    return Launch(gram_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps)
+
+
+def launch_gram(
+    problem: GemmProblem,
+    a: Operand,
+    b: Operand,
+    ragged: Ragged,
+    out_ENK: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """`turnout.experts.gemm.grouped_gram` on Hopper."""
+    a = replace(a, rows=gemm_triton._plain(a.rows, dtype))
+    b = replace(b, rows=gemm_triton._plain(b.rows, dtype))
+    if not ragged.num_rows or _why_portable_gram(problem, a, b, out_ENK) is not None:
+        gemm_triton.launch_gram(problem, a, b, ragged, out_ENK, dtype)
+        return
+    if out_ENK.stride(2) != 1:
+        a, b, out_ENK = b, a, _swapped(out_ENK)
+    experts, n, k = out_ENK.shape
+    launch = _gram_launch(
+        n,
+        k,
+        ragged.num_rows,
+        experts,
+        out_ENK.device,
+        ragged.top_k,
+        a.by_token,
+        (a.rows.stride(0), b.rows.stride(0)),
+        out_ENK.stride()[:2],
+    )
+    launch(
+        a.rows,
+        b.rows,
+        None if a.by_token else a.rows,
+        b.rows if a.by_token else None,
+        out_ENK,
+        ragged.slot_S,
+        ragged.offsets,
+    )

@@ -1,0 +1,128 @@
+"""What the Hopper kernels are compiled for: one value per kernel, with its tile sizes.
+
+Legend: M rows of a tile, N output width, K contraction.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from turnout.specs import Activation, GemmProblem
+
+ROWS = 128  # of a tile: the sort's, and two warpgroups'
+DEPTH = 64  # of a stage: 128 bytes, the widest swizzle
+
+
+class RowsRule(NamedTuple):
+    """The constexprs of `hopper_kernels.rows_kernel`.
+
+    Attributes:
+        epilogue, gather, top_k, bias, tail, weighted, keep_z, keep_h: what the product is.
+        act, alpha, limit (-1 is none), after, up_offset, gated, interleaved: the activation.
+        paired: a column tile is half gate, half up columns.
+        n_major: N is the contiguous dim of the weights.
+        even_n: column tiles end where the columns do.
+        cooperative: both consumers share a tile.
+        block_m, block_n, block_k, stages, group: tile sizes; row tiles that run together.
+    """
+
+    epilogue: str
+    gather: bool
+    top_k: int
+    bias: bool
+    tail: bool
+    weighted: bool
+    keep_z: bool
+    keep_h: bool
+    act: str
+    alpha: float
+    limit: float
+    after: bool
+    up_offset: float
+    gated: bool
+    interleaved: bool
+    paired: bool
+    n_major: bool
+    even_n: bool
+    cooperative: bool
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+    group: int
+
+
+class GramRule(NamedTuple):
+    """The constexprs of `hopper_gram.gram_kernel`.
+
+    Attributes:
+        gather_a: the first operand is read by token, else the second.
+        top_k: K of the routing.
+        even_n, even_k: tiles end where the result does.
+        block_m, block_n, block_k, stages: rows of a stage, tile of the result.
+    """
+
+    gather_a: bool
+    top_k: int
+    even_n: bool
+    even_k: bool
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+
+
+def rows_rule(
+    problem: GemmProblem,
+    top_k: int,
+    *,
+    weighted: bool,
+    keep_z: bool,
+    keep_h: bool,
+    cooperative: bool = True,
+) -> RowsRule:
+    """The rule of a problem. Cooperating tiles are 128 x 256, others 128 x 128."""
+    a = problem.activation or Activation()
+    paired = problem.epilogue == "activate" and a.gated and not a.interleaved
+    block_n = 256 if cooperative else 128
+    columns = problem.n // 2 * 2 if paired else problem.n
+    return RowsRule(
+        epilogue=problem.epilogue or "none",
+        gather=problem.gathered,
+        top_k=top_k,
+        bias=problem.bias,
+        tail=problem.rank > 0,
+        weighted=weighted,
+        keep_z=keep_z,
+        keep_h=keep_h,
+        act=a.act,
+        alpha=a.alpha,
+        limit=-1.0 if a.limit is None else a.limit,
+        after=a.limit_after,
+        up_offset=a.up_offset,
+        gated=a.gated,
+        interleaved=a.interleaved,
+        paired=paired,
+        n_major=not problem.weight_k_major,
+        even_n=columns % block_n == 0,
+        cooperative=cooperative,
+        block_m=ROWS,
+        block_n=block_n,
+        block_k=DEPTH,
+        stages=4 if cooperative else 6,
+        group=16 if problem.rows >= 12 * ROWS * problem.experts else 4,
+    )
+
+
+def gram_rule(n: int, k: int, top_k: int, gather_a: bool) -> GramRule:
+    """The rule of a product of width n x k."""
+    return GramRule(
+        gather_a=gather_a,
+        top_k=top_k,
+        even_n=n % 128 == 0,
+        even_k=k % 256 == 0,
+        block_m=DEPTH,
+        block_n=128,
+        block_k=256,
+        stages=4,
+    )
