@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from turnout.launch import power_of_2
 from turnout.specs import Activation, GemmProblem
 
 ROWS = 128  # of a tile: the sort's, and two warpgroups'
@@ -17,7 +18,8 @@ class RowsRule(NamedTuple):
     """The constexprs of `hopper_kernels.rows_kernel`.
 
     Attributes:
-        epilogue, gather, top_k, bias, tail, weighted, keep_z, keep_h: what the product is.
+        epilogue, gather, top_k, bias, weighted, keep_z, keep_h: what the product is.
+        tail: columns of a stage that the adapter takes: the rank, or block_k, or 0.
         act, alpha, limit (-1 is none), after, up_offset, gated, interleaved: the activation.
         paired: a column tile is half gate, half up columns.
         n_major: N is the contiguous dim of the weights.
@@ -30,7 +32,7 @@ class RowsRule(NamedTuple):
     gather: bool
     top_k: int
     bias: bool
-    tail: bool
+    tail: int
     weighted: bool
     keep_z: bool
     keep_h: bool
@@ -91,7 +93,7 @@ def rows_rule(
         gather=problem.gathered,
         top_k=top_k,
         bias=problem.bias,
-        tail=problem.rank > 0,
+        tail=min(DEPTH, power_of_2(problem.rank)) if problem.rank else 0,
         weighted=weighted,
         keep_z=keep_z,
         keep_h=keep_h,

@@ -51,6 +51,34 @@ def halves(x):
 
 
 @gluon.jit
+def _start(
+    acc,
+    position,
+    ring,
+    FROM: gl.constexpr,
+    ROWS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    A_BY_COLUMN: gl.constexpr,
+    B_BY_COLUMN: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Waits for a stage and starts its product, of the first DEPTH of the contraction."""
+    a_smem, b_smem, full, _ = ring
+    stage = position % STAGES
+    mbarrier.wait(full.index(stage), (position // STAGES) & 1)
+    a, b = a_smem.index(stage), b_smem.index(stage)
+    if A_BY_COLUMN:
+        a = a.slice(FROM, ROWS, dim=1).permute((1, 0))
+    else:
+        a = a.slice(FROM, ROWS)
+    if B_BY_COLUMN:
+        b = b.permute((1, 0))
+    if b.shape[0] > DEPTH:
+        a, b = a.slice(0, DEPTH, dim=1), b.slice(0, DEPTH)
+    return warpgroup_mma(a, b, acc, is_async=True)
+
+
+@gluon.jit
 def multiply(
     acc,
     position,
@@ -58,32 +86,31 @@ def multiply(
     ring,
     FROM: gl.constexpr,
     ROWS: gl.constexpr,
+    LAST: gl.constexpr,
     A_BY_COLUMN: gl.constexpr,
     B_BY_COLUMN: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """acc + the products of `steps` stages from `position`; stages are left as they are read.
+    """acc + the products of `steps` stages from `position`, and of LAST columns of one more.
 
     A is ROWS from FROM of its tile, which lies as (M, K), or as (K, M) with A_BY_COLUMN; B lies as
-    (K, N), or as (N, K) with B_BY_COLUMN.
+    (K, N), or as (N, K) with B_BY_COLUMN. Stages are handed back as they are read.
     """
-    a_smem, b_smem, full, empty = ring
-    for step in range(steps):
-        stage = position % STAGES
-        mbarrier.wait(full.index(stage), (position // STAGES) & 1)
-        if A_BY_COLUMN:
-            a = a_smem.index(stage).slice(FROM, ROWS, dim=1).permute((1, 0))
-        else:
-            a = a_smem.index(stage).slice(FROM, ROWS)
-        b = b_smem.index(stage)
-        if B_BY_COLUMN:
-            b = b.permute((1, 0))
-        acc = warpgroup_mma(a, b, acc, is_async=True)
+    a_smem, _, _, empty = ring
+    depth: gl.constexpr = a_smem.shape[1] if A_BY_COLUMN else a_smem.shape[2]
+    begin = position
+    for _ in range(steps):
+        acc = _start(acc, position, ring, FROM, ROWS, depth, A_BY_COLUMN, B_BY_COLUMN, STAGES)
         acc = warpgroup_mma_wait(1, deps=[acc])
-        mbarrier.arrive(empty.index((position + STAGES - 1) % STAGES), pred=step > 0)
+        mbarrier.arrive(empty.index((position + STAGES - 1) % STAGES), pred=position > begin)
+        position += 1
+    if LAST > 0:
+        acc = _start(acc, position, ring, FROM, ROWS, LAST, A_BY_COLUMN, B_BY_COLUMN, STAGES)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(empty.index((position + STAGES - 1) % STAGES), pred=position > begin)
         position += 1
     acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(empty.index((position + STAGES - 1) % STAGES), pred=steps > 0)
+    mbarrier.arrive(empty.index((position + STAGES - 1) % STAGES), pred=position > begin)
     return acc
 
 
@@ -153,7 +180,7 @@ def _produce(a, w_map, xa_map, b_map, pointers, ring, sizes, RULE: gl.constexpr)
                     tma.async_copy_global_to_shared(a, [first, k0], bar, a_smem.index(stage))
                 _copy_weights(w_map, expert, n0, k0, K, HALF, bar, b_smem.index(stage), RULE)
                 position += 1
-            if RULE.tail:
+            if RULE.tail > 0:
                 if RULE.gather:
                     fence_async_shared()  # TMA now writes stages that cp.async wrote
                 for step in range(gl.cdiv(R, block_k)):
@@ -356,9 +383,11 @@ def _consume(WHO: gl.constexpr, pointers, ring, sizes, RULE: gl.constexpr):
     wide: gl.constexpr = gl.BlockedLayout([4, 8], [4, 8], [4, 1], [1, 0])
     slim: gl.constexpr = gl.BlockedLayout([2, 8], [8, 4], [4, 1], [1, 0])
     stored: gl.constexpr = slim if backward else wide
+    last_k: gl.constexpr = RULE.tail % RULE.block_k  # of the contraction, in the last stage
     steps = gl.cdiv(K, RULE.block_k)
-    if RULE.tail:
+    if RULE.tail == RULE.block_k:
         steps += gl.cdiv(R, RULE.block_k)
+    stages_of_tile = steps + (1 if last_k > 0 else 0)
     seen = 0
     for index in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
         tile, pid_n = _place(index, num_tiles, num_n, RULE)
@@ -370,8 +399,10 @@ def _consume(WHO: gl.constexpr, pointers, ring, sizes, RULE: gl.constexpr):
             first = gl.load(tiles_ptr + num_tiles + tile)
             last = gl.load(offsets_ptr + expert + 1)
             acc = gl.zeros([rows, block_n], gl.float32, layout=mma)
-            position = seen * steps
-            acc = multiply(acc, position, steps, ring, from_row, rows, False, by_column, stages)
+            position = seen * stages_of_tile
+            acc = multiply(
+                acc, position, steps, ring, from_row, rows, last_k, False, by_column, stages
+            )
             if RULE.bias:
                 acc = _add_bias(acc, bias_ptr, expert, pid_n, N, HALF, RULE, mma)
             row = first + from_row + gl.arange(0, rows, layout=gl.SliceLayout(1, stored))
