@@ -1,0 +1,321 @@
+"""The Hopper kernels' own source, run on the CPU: Gluon has no interpreter, so here is one for what
+they use.
+
+Device functions are executed as Python with stand-ins for `gl`, `tl`, TMA, mbarriers and wgmma. The
+partitions of a `warp_specialize` are threads. What the hardware does asynchronously is done as late
+as it may be: a product reads its operands when it is waited for, so a stage that is handed back too
+early gives wrong numbers, and shared memory that nobody wrote is NaN. A load or store out of bounds
+is an error, and so is a barrier that nobody completes. Layouts, registers and speed are not here.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language
+
+from turnout.experts import hopper_gram, hopper_kernels, triton_math
+from turnout.launch import Launch, TensorMap
+
+DEADLOCK = 20.0  # seconds
+_turn = threading.Condition()
+
+
+class Pointer:
+    """Addresses in a tensor's memory, in elements."""
+
+    def __init__(self, memory: Tensor, offset: Any = 0) -> None:
+        self.memory, self.offset = memory, offset
+        self.dtype = types.SimpleNamespace(element_ty=memory.dtype)
+
+    def __add__(self, more: Any) -> Pointer:
+        return Pointer(self.memory, self.offset + more)
+
+    def _flat(self, mask: Any) -> tuple[Tensor, Tensor]:
+        offset = torch.as_tensor(self.offset)
+        kept = torch.as_tensor(True if mask is None else mask)
+        offset, kept = torch.broadcast_tensors(offset, kept)
+        inside = offset[kept]
+        if inside.numel():
+            assert inside.min() >= 0, "an address before the tensor"
+            assert inside.max() < self.memory.numel(), "an address behind the tensor"
+        return offset, kept
+
+    def load(self, mask: Any, other: Any) -> Tensor:
+        offset, kept = self._flat(mask)
+        values = self.memory[torch.where(kept, offset, 0)]
+        return torch.where(kept, values, torch.as_tensor(other, dtype=values.dtype))
+
+    def store(self, value: Any, mask: Any) -> None:
+        offset, kept = self._flat(mask)
+        value = torch.as_tensor(value, dtype=self.memory.dtype).expand(offset.shape)
+        self.memory[offset[kept]] = value[kept]
+
+
+@dataclass
+class Map:
+    """A descriptor: boxes of a matrix, zero beyond it."""
+
+    matrix: Tensor
+    box: tuple[int, int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    def at(self, coordinates: Sequence[Any]) -> Tensor:
+        out = torch.zeros(self.box, dtype=self.dtype)
+        (row, column), (rows, columns) = map(int, coordinates), self.box
+        assert row >= 0
+        assert column >= 0
+        part = self.matrix[row : row + rows, column : column + columns]
+        out[: part.shape[0], : part.shape[1]] = part
+        return out
+
+
+@dataclass
+class Barrier:
+    """An mbarrier: a phase ends when all have arrived and all bytes have landed."""
+
+    count: int = 0
+    pending: int = 0
+    bytes: int = 0
+    phase: int = 0
+
+    def init(self, count: int) -> None:
+        self.count = self.pending = count
+
+    def arrive(self, count: int = 1, expected: int = 0, landed: int = 0) -> None:
+        with _turn:
+            self.pending -= count
+            self.bytes += expected - landed
+            assert self.pending >= 0, "more arrivals than a phase has"
+            if not self.pending and not self.bytes:
+                self.phase ^= 1
+                self.pending = self.count
+            _turn.notify_all()
+
+    def wait(self, parity: Any) -> None:
+        with _turn:
+            ready = _turn.wait_for(lambda: self.phase != int(parity), timeout=DEADLOCK)
+        assert ready, "a barrier that nobody completes"
+
+
+@dataclass
+class Shared:
+    """Shared memory, or a view of it."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    def index(self, index: Any) -> Shared:
+        return Shared(self.tensor[int(index)])
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        assert start + length <= self.tensor.shape[dim]
+        return Shared(self.tensor.narrow(dim, start, length))
+
+    def permute(self, order: Sequence[int]) -> Shared:
+        return Shared(self.tensor.permute(tuple(order)))
+
+
+@dataclass
+class Barriers:
+    all: list[Barrier]
+
+    def index(self, index: Any) -> Barrier:
+        return self.all[int(index)]
+
+
+@dataclass
+class Sums:
+    """An accumulator with the products that are under way."""
+
+    value: Tensor
+    running: deque[tuple[Tensor, Tensor]] = field(default_factory=deque)
+
+    def wait(self, outstanding: int) -> None:
+        while len(self.running) > outstanding:
+            a, b = self.running.popleft()
+            self.value = self.value + a.float() @ b.float()
+
+
+def _multiply(a: Shared, b: Shared, acc: Any, is_async: bool) -> Sums:
+    assert is_async
+    sums = acc if isinstance(acc, Sums) else Sums(acc)
+    assert a.shape[1] == b.shape[0], (a.shape, b.shape)
+    sums.running.append((a.tensor, b.tensor))
+    return sums
+
+
+def _wait(outstanding: int, deps: list[Sums | Tensor]) -> Any:
+    (sums,) = deps
+    if isinstance(sums, Tensor):
+        return sums
+    sums.wait(outstanding)
+    return sums if sums.running else sums.value
+
+
+def _allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Shared | Barriers:
+    if dtype is torch.int64:
+        return Barriers([Barrier() for _ in range(shape[0])])
+    return Shared(torch.full(tuple(shape), float("nan"), dtype=dtype))
+
+
+def _copy_by_tma(described: Map, coordinates: Sequence[Any], barrier: Barrier, to: Shared) -> None:
+    box = described.at(coordinates)
+    assert box.shape == to.shape, "a box of another shape than its place"
+    to.tensor.copy_(box)
+    barrier.arrive(0, landed=box.numel() * box.element_size())
+
+
+def _copy_rows(to: Shared, pointer: Pointer, mask: Any = None) -> None:
+    to.tensor.copy_(pointer.load(mask, 0.0))
+
+
+def _together(parts: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], *_: Any) -> None:
+    with ThreadPoolExecutor(len(parts)) as pool:
+        started = [pool.submit(torch.no_grad()(function), *args) for function, args in parts]
+    failures = [f.exception() for f in started if f.exception() is not None]
+    # who failed first left the others waiting
+    failures.sort(key=lambda error: "nobody completes" in str(error))
+    if failures:
+        raise failures[0]
+
+
+def _range(*limits: Any) -> Iterator[Tensor]:
+    return (torch.tensor(i) for i in range(*map(int, limits)))
+
+
+def _full(shape: Sequence[int], value: float, dtype: torch.dtype, layout: Any = None) -> Tensor:
+    return torch.full(tuple(shape), value, dtype=dtype)
+
+
+_program: dict[str, int] = {"number": 0, "count": 1}
+
+GL = types.SimpleNamespace(
+    constexpr=lambda value: value,
+    BlockedLayout=language.BlockedLayout,
+    SliceLayout=language.SliceLayout,
+    NVMMADistributedLayout=language.NVMMADistributedLayout,
+    NVMMASharedLayout=types.SimpleNamespace(get_default_for=lambda shape, dtype: None),
+    int32=torch.int32,
+    int64=torch.int64,
+    float32=torch.float32,
+    program_id=lambda axis: _program["number"],
+    num_programs=lambda axis: _program["count"],
+    static_range=range,
+    cdiv=lambda a, b: -(-a // b),
+    minimum=lambda a, b: min(int(a), int(b)),
+    arange=lambda first, last, layout=None: torch.arange(first, last),
+    load=lambda pointer, mask=None, other=0: pointer.load(mask, other),
+    store=lambda pointer, value, mask=None: pointer.store(value, mask),
+    full=_full,
+    zeros=lambda shape, dtype, layout=None: _full(shape, 0.0, dtype),
+    reshape=lambda x, shape: x.reshape(tuple(shape)),
+    permute=lambda x, order: x.permute(tuple(order)),
+    split=lambda x: x.unbind(-1),
+    join=lambda a, b: torch.stack((a, b), -1),
+    convert_layout=lambda x, layout: x,
+    where=lambda mask, a, b: torch.where(mask, a, torch.as_tensor(b, dtype=a.dtype)),
+    sum=lambda x, axis: x.sum(axis),
+    allocate_shared_memory=_allocate,
+    warp_specialize=_together,
+)
+TL = types.SimpleNamespace(
+    constexpr=lambda value: value,
+    PropagateNan=types.SimpleNamespace(ALL=None),
+    maximum=lambda a, b, propagate_nan=None: torch.clamp(a, min=b),
+    minimum=lambda a, b, propagate_nan=None: torch.clamp(a, max=b),
+    fma=lambda a, b, c: a * b + c,
+    exp2=torch.exp2,
+    math=types.SimpleNamespace(erf=torch.erf),
+    where=lambda mask, a, b: torch.where(mask, a, b),
+)
+STAND_INS = {
+    "range": _range,
+    "gl": GL,
+    "tl": TL,
+    "fence_async_shared": lambda: None,
+    "warpgroup_mma": _multiply,
+    "warpgroup_mma_wait": _wait,
+    "tma": types.SimpleNamespace(async_copy_global_to_shared=_copy_by_tma),
+    "async_copy": types.SimpleNamespace(
+        async_copy_global_to_shared=_copy_rows,
+        mbarrier_arrive=lambda barrier, increment_count: barrier.arrive(128),
+    ),
+    "mbarrier": types.SimpleNamespace(
+        MBarrierLayout=lambda: None,
+        init=lambda barrier, count: barrier.init(count),
+        wait=lambda barrier, phase: barrier.wait(phase),
+        expect=lambda barrier, bytes: barrier.arrive(expected=bytes),
+        arrive=lambda barrier, pred=True: barrier.arrive() if pred else None,
+    ),
+}
+
+
+class _AsPython(ast.NodeTransformer):
+    """Imports and decorators go; `x += y` makes a new x, as it does on the device."""
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> Any:
+        return node if node.module == "__future__" else None
+
+    def visit_Import(self, node: ast.Import) -> None:
+        return None
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        node.decorator_list = []
+        return self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> Any:
+        assert isinstance(node.target, ast.Name)
+        value = ast.BinOp(ast.Name(node.target.id, ast.Load()), node.op, node.value)
+        return ast.Assign([node.target], value)
+
+
+def _load(module: types.ModuleType, known: dict[str, Any]) -> dict[str, Any]:
+    """The module's functions as plain Python."""
+    tree = ast.fix_missing_locations(_AsPython().visit(ast.parse(inspect.getsource(module))))
+    space = dict(known)
+    exec(compile(tree, str(module.__file__), "exec"), space)
+    return space
+
+
+_math = _load(triton_math, STAND_INS)
+_rows = _load(hopper_kernels, _math)
+_gram = _load(hopper_gram, _rows)
+KERNELS = {"rows_kernel": _rows["rows_kernel"], "gram_kernel": _gram["gram_kernel"]}
+
+
+def _argument(tensor: Tensor | None, tensor_map: TensorMap | None) -> Any:
+    if tensor is None:
+        return None
+    if tensor_map is None:
+        size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        return Pointer(tensor.as_strided((size,), (1,)))
+    matrix = tensor.as_strided(tensor_map.shape, tensor_map.strides)
+    return Map(matrix, tensor_map.box)
+
+
+def emulate(launch: Launch, *tensors: Tensor | None) -> None:
+    """Runs a launch of a Hopper kernel, program after program."""
+    assert launch.kernel.__module__ in (hopper_kernels.__name__, hopper_gram.__name__)
+    kernel = KERNELS[launch.kernel.__name__]
+    args = [_argument(t, launch.maps.get(place)) for place, t in enumerate(tensors)]
+    for program in product(*map(range, launch.grid)):
+        _program.update(number=program[0], count=launch.grid[0])
+        kernel(*args, *launch.numbers, **launch.constants)

@@ -1,0 +1,136 @@
+"""The Hopper kernels in the emulator, the rest of the step in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import gluon_emulator
+import pytest
+import torch
+from gluon_emulator import emulate
+
+import turnout
+from problems import GPT_OSS, Problem, check, random_problem, run
+from turnout import Activation
+from turnout.device import device_of
+from turnout.experts import gemm, gemm_hopper, hopper_config
+from turnout.ragged import rows as ragged_rows
+from turnout.testing import poison_empty
+
+BASE: dict[str, Any] = {
+    "tokens": 150,
+    "num_experts": 3,
+    "hidden": 128,
+    "intermediate": 64,
+    "rank_up": 16,
+    "rank_down": 16,
+    "dtype": torch.float16,
+    "lora_dtype": torch.float32,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "several column tiles": {"hidden": 320, "intermediate": 192, "tokens": 80},
+    "no adapters": {"rank_up": 0, "rank_down": 0},
+    "ranks of several steps": {"rank_up": 80, "rank_down": 33},
+    "gpt-oss": {"activation": GPT_OSS, "transposed": True, "bias": True, "intermediate": 192},
+    "not gated": {"activation": Activation(act="relu2", gated=False), "bias": True},
+    "clamped after": {"activation": Activation(limit=0.5, limit_after=True)},
+    "gelu": {"activation": Activation(act="gelu")},
+}
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Hopper's host code on the CPU: its launches are emulated, and named here."""
+    names: list[str] = []
+    device = replace(device_of(torch.device("cpu")), arch=90, num_sms=2, shared_memory=232_448)
+    rows, gram = gemm_hopper._rows_launch, gemm_hopper._gram_launch
+
+    def emulated(launch: Any, *tensors: Any) -> None:
+        names.append(launch.kernel.__name__)
+        emulate(launch, *tensors)
+
+    def rows_launch(*args: Any) -> tuple[Any, int]:
+        launch, num_n = rows(*args)
+        return partial(emulated, launch), num_n
+
+    monkeypatch.setattr(gemm_hopper, "rejects", lambda problem, device: None)
+    monkeypatch.setattr(gemm_hopper, "device_of", lambda where: device)
+    monkeypatch.setattr(gemm_hopper, "_rows_launch", rows_launch)
+    monkeypatch.setattr(gemm_hopper, "_gram_launch", lambda *args: partial(emulated, gram(*args)))
+    # few rows take Hopper's tiles
+    monkeypatch.setattr(ragged_rows, "tile_rows_of", lambda rows, experts: 128)
+    monkeypatch.setattr("turnout.experts.ops.tile_rows_of", lambda rows, experts: 128)
+    for cached in (gemm._select, gemm._rows_choice, gemm._gram_choice, gemm._narrow_backend):
+        cached.cache_clear()
+    rows.cache_clear()
+    gram.cache_clear()
+    yield names
+    for cached in (gemm._select, gemm._rows_choice, gemm._gram_choice, gemm._narrow_backend):
+        cached.cache_clear()
+
+
+def make(seed: int = 0, **changes: Any) -> Problem:
+    return random_problem(seed=seed, **(BASE | changes))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_more_than_twice_as_wrong_as_eager(case: str, launches: list[str]) -> None:
+    check(partial(make, **CASES[case]), backend="hopper")
+    assert launches.count("rows_kernel") >= 3, launches
+
+
+@pytest.mark.parametrize("case", ["plain", "not gated"])
+def test_a_tile_for_each_consumer_gives_other_numbers(
+    case: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = partial(hopper_config.rows_rule, cooperative=False)
+    monkeypatch.setattr(gemm_hopper, "rows_rule", alone)
+    check(partial(make, tokens=300, **CASES[case]), backend="hopper")
+    assert launches
+
+
+def test_rows_of_other_experts_are_read(launches: list[str]) -> None:
+    """One expert is empty and the last rows are dropped; memory that nobody wrote is NaN."""
+
+    def skewed(seed: int) -> Problem:
+        problem = make(seed, tokens=170, intermediate=128)
+        experts = problem.experts.clone()
+        experts[experts == 1] = 2
+        experts[::3] = problem.num_experts
+        return problem.changed(experts=experts)
+
+    with poison_empty():
+        check(skewed, backend="hopper")
+    assert launches.count("gram_kernel") == 2, launches
+
+
+def test_a_stage_that_is_handed_back_too_early_goes_unnoticed(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The emulator's own test: products that are waited for one ring later."""
+    waits = gluon_emulator._rows["warpgroup_mma_wait"]
+    late = partial(_later, waits)
+    monkeypatch.setitem(gluon_emulator._rows, "warpgroup_mma_wait", late)
+    problem = make(hidden=1024)
+    got = run(problem, (), backend="hopper")["out"]
+    exact = run(problem.double(), (), turnout.reference.expert_mlp)["out"]
+    assert got is not None
+    assert exact is not None
+    assert not (got.double() - exact).norm() < 0.1 * exact.norm()
+
+
+def _later(waits: Any, outstanding: int, deps: Any) -> Any:
+    return waits(6 if outstanding else 0, deps)
+
+
+def test_an_address_out_of_bounds_goes_unnoticed() -> None:
+    pointer = gluon_emulator.Pointer(torch.zeros(8))
+    with pytest.raises(AssertionError, match="behind the tensor"):
+        (pointer + torch.arange(9)).load(None, 0.0)
+    with pytest.raises(AssertionError, match="before the tensor"):
+        (pointer + torch.arange(-1, 3)).store(1.0, None)
+    assert (pointer + torch.arange(9)).load(torch.arange(9) < 8, 0.0).shape == (9,)
