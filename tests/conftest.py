@@ -2,12 +2,16 @@
 
 import importlib.util
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# No test reads or writes the configs that this user has tuned.
+os.environ["TURNOUT_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"turnout-test-{os.getpid()}"))
 
 # tests/gpu also runs where hypothesis is not installed.
 if importlib.util.find_spec("hypothesis") is not None:

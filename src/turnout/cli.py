@@ -181,6 +181,77 @@ def bench(
         raise typer.Exit(1)
 
 
+@app.command()
+def tune(
+    more: Annotated[
+        list[Path] | None, typer.Argument(help="Further places for --from-reports.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Named shapes, repeated or joined by commas.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="A local Hugging Face checkpoint.")] = None,
+    recorded: Annotated[
+        Path | None, typer.Option(help="The report of a run, or its folder: tune what ran there.")
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="T, repeated; else the shape's own, 4096 for --model.")
+    ] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="lora, full; else lora.")] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="LoRA ranks, repeated; else 16.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cuda, or cpu with TRITON_INTERPRET=1.")
+    ] = "auto",
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop then; the same command goes on later.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed calls of a finalist.")] = 30,
+    record: Annotated[
+        Path | None, typer.Option(help="The report to append to; else in the cache folder.")
+    ] = None,
+    from_reports: Annotated[
+        list[Path] | None,
+        typer.Option(help="Reports, or folders of them: prune the candidates instead."),
+    ] = None,
+    emit: Annotated[
+        Path | None, typer.Option(help="With --from-reports: the table to write.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Search the fastest config of every kernel, or prune the search from recorded reports."""
+    if from_reports:
+        from turnout.tune import from_reports as merge
+
+        _run(lambda: merge.main([*from_reports, *(more or [])], emit), json_file)
+        return
+    if more or emit is not None:
+        raise ValueError("got places or --emit without --from-reports; expected both or neither")
+    flags = {
+        name: value
+        for name, value in locals().items()
+        if name not in ("json_file", "more", "emit", "from_reports")
+    }
+    from turnout.tune.command import TuneConfig, main
+
+    config = TuneConfig(**flags)
+    if _run(lambda: main(config), json_file)["broken"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    place: Annotated[Path, typer.Argument(help="A report, or the folder of a run.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the roofline of the kernels here.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """What ran in a training run: kernels, keys, configs, timings, load of the experts."""
+    from turnout.report.command import main
+
+    _run(lambda: main(place, plot), json_file)
+
+
 Model = Annotated[
     Path | None,
     typer.Option(help="The base model's folder: names every parameter and compares shapes."),

@@ -6,8 +6,10 @@ be tested for a GPU that is not there. Nothing here touches CUDA at import.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -86,3 +88,14 @@ def _gpu(index: int) -> Device:
         memory_bytes=facts.total_memory,
         l2_bytes=facts.L2_cache_size,
     )
+
+
+@cache
+def driver_version() -> str | None:
+    """The version of NVIDIA's kernel driver as the driver itself says, or None without one."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"\b(\d+\.\d+(?:\.\d+)*)\b", text)
+    return None if found is None else found[1]

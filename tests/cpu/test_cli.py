@@ -71,7 +71,7 @@ def test_python_m_turnout():
 def test_help_lists_the_commands(monkeypatch, capsys, flag):
     assert turnout(monkeypatch, flag) == 0
     text = capsys.readouterr().out
-    for command in ("doctor", "train", "verify", "bench", "adapter"):
+    for command in ("doctor", "train", "verify", "bench", "tune", "report", "adapter"):
         assert command in text
 
 
@@ -82,7 +82,16 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.parametrize(
     "command",
-    [["doctor"], ["train"], ["verify"], ["bench"], ["adapter", "check"], ["adapter", "convert"]],
+    [
+        ["doctor"],
+        ["train"],
+        ["verify"],
+        ["bench"],
+        ["tune"],
+        ["report"],
+        ["adapter", "check"],
+        ["adapter", "convert"],
+    ],
 )
 def test_every_command_has_help_and_json(monkeypatch, capsys, command):
     monkeypatch.setenv("COLUMNS", "120")

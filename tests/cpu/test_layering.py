@@ -38,6 +38,8 @@ LAYERS = {
     "verify": 8,
     "bench": 8,
     "doctor": 8,
+    "tune": 8,
+    "report": 8,
     "cli": 9,
     "__main__": 10,
 }

@@ -123,14 +123,6 @@ def _rows_launch(
     return Launch(rows_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps), num_n
 
 
-def _width(problem: GemmProblem, epilogue: Activate | ActivateBackward | None) -> int:
-    """Columns of the result."""
-    if isinstance(epilogue, ActivateBackward):
-        return epilogue.z_SG.shape[1]
-    gated = epilogue is not None and epilogue.activation.gated
-    return problem.n // 2 if gated else problem.n
-
-
 def launch_rows(
     problem: GemmProblem,
     a: Operand,
@@ -143,7 +135,7 @@ def launch_rows(
     scale: float,
 ) -> RowsOut:
     """`turnout.experts.gemm.grouped_gemm` on Hopper."""
-    rows, by_token = gemm_triton._rows_of(a, ragged, dtype)
+    rows, by_token = gemm_triton.rows_of(a, ragged, dtype)
     a = replace(a, rows=rows)
     if not ragged.num_rows or _why_portable(problem, a, w_ENK, ragged, tail) is not None:
         return gemm_triton.launch_rows(
@@ -155,7 +147,7 @@ def launch_rows(
     keep_z = isinstance(epilogue, Activate) and epilogue.keep_z
     keep_h = backward is not None and backward.keep_h
     weight_TK = None if backward is None else backward.weight_TK
-    width = _width(problem, epilogue)
+    width = gemm_triton.width_of(problem, epilogue)
     launch, num_n = _rows_launch(
         problem,
         w_ENK.device,
@@ -241,8 +233,8 @@ def launch_gram(
     dtype: torch.dtype,
 ) -> None:
     """`turnout.experts.gemm.grouped_gram` on Hopper."""
-    a = replace(a, rows=gemm_triton._plain(a.rows, dtype))
-    b = replace(b, rows=gemm_triton._plain(b.rows, dtype))
+    a = replace(a, rows=gemm_triton.plain(a.rows, dtype))
+    b = replace(b, rows=gemm_triton.plain(b.rows, dtype))
     if not ragged.num_rows or _why_portable_gram(problem, a, b, out_ENK) is not None:
         gemm_triton.launch_gram(problem, a, b, ragged, out_ENK, dtype)
         return

@@ -12,8 +12,8 @@ Legend: S rows, T tokens, E experts, N output width, K contraction, R LoRA rank,
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from turnout.experts.weights import Lora
 from turnout.launch import INSTALLED, Launch, interpreting, power_of_2
 from turnout.ragged import Ragged, num_tiles
 from turnout.specs import Activation, GemmProblem
+from turnout.tuning import first_use
+from turnout.tuning.key import Ask, Config
+from turnout.tuning.report import config_for
 
 NAME = "triton"
 _DTYPES = ("float16", "bfloat16", "float32")
@@ -121,55 +124,69 @@ def _pack_launch(experts: int, sizes: tuple[tuple[Any, ...], ...]) -> Launch:
     return Launch(pack_kernel, grid, (experts, programs[0], *numbers), constants, 4)
 
 
-def _dropout(dropout: Dropout | None) -> tuple[Tensor | None, int, int, float]:
-    """Seed, tag, threshold and factor of a mask."""
+def _dropout(dropout: Dropout | None) -> tuple[Tensor | None, tuple[int, int, float]]:
+    """Seed, and tag, threshold and factor of a mask."""
     if dropout is None:
-        return None, 0, 0, 1.0
-    return dropout.seed, dropout.tag, int(dropout.p * 2**32), 1.0 / (1.0 - dropout.p)
+        return None, (0, 0, 1.0)
+    return dropout.seed, (dropout.tag, int(dropout.p * 2**32), 1.0 / (1.0 - dropout.p))
+
+
+class _Rows(NamedTuple):
+    """What a launch of `rows_kernel` depends on besides its tensors and config."""
+
+    problem: GemmProblem
+    device: torch.device
+    tile_rows: int
+    top_k: int
+    row_stride: int
+    w_strides: tuple[int, ...]
+    tail_strides: tuple[int, ...]
+    width: int
+    scale: float
+    weighted: bool
+    keep_z: bool
+    keep_h: bool
+    drop_input: bool
+    drop_tail: bool
+    drop: tuple[int, int, float]
+
+    def ask(self) -> tuple[Ask, Config]:
+        """The question for a config, and the answer when nothing is stored."""
+        problem, device, rows = self.problem, device_of(self.device), self.tile_rows
+        ask = Ask(kernel="rows", problem=problem, device=device, tile_rows=rows, top_k=self.top_k)
+        return ask, Config.of(rows_config(problem, rows, device))
 
 
 @lru_cache(maxsize=4096)
-def _rows_launch(
-    problem: GemmProblem,
-    device: torch.device,
-    tile_rows: int,
-    top_k: int,
-    row_stride: int,
-    w_strides: tuple[int, ...],
-    tail_strides: tuple[int, ...],
-    width: int,
-    scale: float,
-    weighted: bool,
-    keep_z: bool,
-    keep_h: bool,
-    drop_input: bool,
-    drop_tail: bool,
-    drop: tuple[int, int, float],
-) -> tuple[Launch, int]:
+def _rows_launch(facts: _Rows) -> tuple[Launch, int]:
     """What is launched, and its column tiles."""
+    return _build_rows(facts, config_for(*facts.ask()))
+
+
+def _build_rows(facts: _Rows, config: Config) -> tuple[Launch, int]:
     from turnout.experts.triton_kernels import rows_kernel
 
+    problem, tile_rows, w_strides = facts.problem, facts.tile_rows, facts.w_strides
     a = problem.activation or Activation()
-    config = rows_config(problem, tile_rows, device_of(device))
     gated = problem.epilogue == "activate" and a.gated
     paired = gated and not a.interleaved
     half = problem.n // 2 if gated else 0
     block_n, block_k = config["BLOCK_N"], config["BLOCK_K"]
     columns = 2 * half if paired else problem.n
     num_n = -(-columns // block_n)
-    tag, threshold, keep = drop
+    tag, threshold, keep = facts.drop
     constants = {
         "EPILOGUE": problem.epilogue or "none",
         "GATHER": problem.gathered,
-        "TOP_K": top_k,
-        "HAS_SCALE": scale != 1.0,
+        "TOP_K": facts.top_k,
+        "HAS_SCALE": facts.scale != 1.0,
         "HAS_BIAS": problem.bias,
         "HAS_TAIL": problem.rank > 0,
-        "HAS_WEIGHT": weighted,
-        "KEEP_Z": keep_z,
-        "KEEP_H": keep_h,
-        "DROP_INPUT": drop_input,
-        "DROP_TAIL": drop_tail,
+        "HAS_WEIGHT": facts.weighted,
+        "KEEP_Z": facts.keep_z,
+        "KEEP_H": facts.keep_h,
+        "DROP_INPUT": facts.drop_input,
+        "DROP_TAIL": facts.drop_tail,
         "TAG": tag,
         "ACT": a.act,
         "ALPHA": a.alpha,
@@ -189,8 +206,9 @@ def _rows_launch(
         "GROUP": config["GROUP"],
     }
     tiles = num_tiles(problem.rows, problem.experts, tile_rows)
-    sizes = (problem.n, problem.k, problem.rank, half, row_stride, *w_strides, *tail_strides)
-    numbers = (*sizes, width, num_n, scale, threshold, keep, tiles)
+    sizes = (problem.n, problem.k, problem.rank, half, facts.row_stride, *w_strides)
+    sizes += (*facts.tail_strides, facts.width)
+    numbers = (*sizes, num_n, facts.scale, threshold, keep, tiles)
     grid = (tiles * num_n, 1, 1)
     warps, stages = config["num_warps"], config["num_stages"]
     return Launch(rows_kernel, grid, numbers, constants, warps, stages), num_n
@@ -210,7 +228,7 @@ def launch_rows(
     """`turnout.experts.gemm.grouped_gemm` on the GPU."""
     if not ragged.num_rows:
         return _no_rows(problem, w_ENK, dtype, epilogue)
-    rows, by_token = _rows_of(a, ragged, dtype)
+    rows, by_token = rows_of(a, ragged, dtype)
     if by_token != problem.gathered:
         problem = replace(problem, gathered=by_token)
     backward = epilogue if isinstance(epilogue, ActivateBackward) else None
@@ -218,15 +236,13 @@ def launch_rows(
     keep_h = backward is not None and backward.keep_h
     weight_TK = None if backward is None else backward.weight_TK
     tail_drop = None if tail is None else tail.dropout
-    seed, *drop = _dropout(a.dropout or tail_drop)
+    seed, drop = _dropout(a.dropout or tail_drop)
     bias_EN = None if bias_EN is None else bias_EN.contiguous()
     assert backward is None or backward.z_SG.is_contiguous()
-    n, count, device = problem.n, ragged.num_rows, w_ENK.device
-    gated = isinstance(epilogue, Activate) and epilogue.activation.gated
-    width = n // 2 if gated else n if backward is None else backward.z_SG.shape[1]
-    launch, num_n = _rows_launch(
+    width = width_of(problem, epilogue)
+    facts = _Rows(
         problem,
-        device,
+        w_ENK.device,
         ragged.tile_rows,
         ragged.top_k,
         rows.stride(0),
@@ -239,32 +255,52 @@ def launch_rows(
         keep_h,
         a.dropout is not None,
         tail_drop is not None,
-        tuple(drop),
+        drop,
     )
-    out = torch.empty(count, width, dtype=dtype, device=device)
-    z = torch.empty(count, n, dtype=dtype, device=device) if keep_z else None
-    h = torch.empty(count, n, dtype=dtype, device=device) if keep_h else None
-    dot = None
-    if backward is not None:
-        dot = torch.empty(count, num_n, dtype=torch.float32, device=device)
+
     assert ragged.tiles is not None
-    launch(
-        rows,
-        w_ENK,
-        out,
-        bias_EN,
-        None if tail is None else tail.xa_SR,
-        None if tail is None else tail.b_ENR,
-        z if backward is None else backward.z_SG,
-        h,
-        dot,
-        weight_TK,
-        ragged.slot_S,
-        seed,
-        ragged.tiles,
-        ragged.offsets,
+    run = partial(
+        _run_rows,
+        facts,
+        dtype,
+        (rows, w_ENK),
+        (bias_EN, None if tail is None else tail.xa_SR, None if tail is None else tail.b_ENR),
+        None if backward is None else backward.z_SG,
+        (weight_TK, ragged.slot_S, seed, ragged.tiles, ragged.offsets),
     )
-    return RowsOut(out, z, dot, h)
+    tuner = first_use.current()
+    if tuner is not None and tuner.wants(facts.ask()[0]):
+        from turnout.experts.triton_tuning import rows_trial
+
+        read = replace(a, rows=rows, by_token=by_token, weight_TK=None)
+        operands = (read, w_ENK, ragged, dtype, bias_EN, tail, epilogue, scale)
+        trial = rows_trial(problem, *operands, lambda c: partial(run, *_build_rows(facts, c)))
+        tuner.tune(*facts.ask(), trial)
+        _rows_launch.cache_clear()
+    return run(*_rows_launch(facts))
+
+
+def _run_rows(
+    facts: _Rows,
+    dtype: torch.dtype,
+    product: tuple[Tensor, Tensor],
+    added: tuple[Tensor | None, Tensor | None, Tensor | None],
+    z_SG: Tensor | None,
+    routing: tuple[Tensor | None, ...],
+    launch: Launch,
+    num_n: int,
+) -> RowsOut:
+    """Allocates the outputs and launches; the groups of tensors are in the kernel's order."""
+    count, n, device = facts.problem.rows, facts.problem.n, facts.device
+    out = torch.empty(count, facts.width, dtype=dtype, device=device)
+    h = torch.empty(count, n, dtype=dtype, device=device) if facts.keep_h else None
+    if z_SG is not None:
+        dot = torch.empty(count, num_n, dtype=torch.float32, device=device)
+        launch(*product, out, *added, z_SG, h, dot, *routing)
+        return RowsOut(out, None, dot, h)
+    z = torch.empty(count, n, dtype=dtype, device=device) if facts.keep_z else None
+    launch(*product, out, *added, z, h, None, *routing)
+    return RowsOut(out, z, None, h)
 
 
 def _no_rows(
@@ -285,7 +321,15 @@ def _no_rows(
     return RowsOut(w_ENK.new_empty(0, n, dtype=dtype), z, dot, h)
 
 
-def _rows_of(a: Operand, ragged: Ragged, dtype: torch.dtype) -> tuple[Tensor, bool]:
+def width_of(problem: GemmProblem, epilogue: Activate | ActivateBackward | None) -> int:
+    """Columns of the result."""
+    if isinstance(epilogue, ActivateBackward):
+        return epilogue.z_SG.shape[1]
+    gated = epilogue is not None and epilogue.activation.gated
+    return problem.n // 2 if gated else problem.n
+
+
+def rows_of(a: Operand, ragged: Ragged, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """Rows with unit column stride, and whether they are read by token.
 
     A weighted operand is made (Llama 4 only)."""
@@ -293,35 +337,49 @@ def _rows_of(a: Operand, ragged: Ragged, dtype: torch.dtype) -> tuple[Tensor, bo
     if a.weight_TK is not None:
         rows = rows[ragged.token_S] if by_token else rows
         rows, by_token = rows * ragged.by_row(a.weight_TK)[:, None], False
-    return _plain(rows, dtype), by_token
+    return plain(rows, dtype), by_token
 
 
-def _plain(rows: Tensor, dtype: torch.dtype) -> Tensor:
+def plain(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """In `dtype`, with contiguous columns; nothing is called where nothing is to be done."""
     if rows.dtype != dtype:
         rows = rows.to(dtype)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+class _Gram(NamedTuple):
+    """What a launch of `gram_kernel` depends on besides its tensors and config."""
+
+    problem: GemmProblem
+    device: torch.device
+    top_k: int
+    row_strides: tuple[int, int]
+    out_strides: tuple[int, ...]
+    flags: tuple[bool, bool, bool, bool, bool]
+    drop: tuple[int, int, float]
+
+    def ask(self) -> tuple[Ask, Config]:
+        """The question for a config, and the answer when nothing is stored."""
+        problem, device = self.problem, device_of(self.device)
+        ask = Ask(kernel="gram", problem=problem, device=device, top_k=self.top_k)
+        return ask, Config.of(gram_config(problem, device))
+
+
 @lru_cache(maxsize=4096)
-def _gram_launch(
-    problem: GemmProblem,
-    device: torch.device,
-    top_k: int,
-    row_strides: tuple[int, int],
-    out_strides: tuple[int, ...],
-    flags: tuple[bool, bool, bool, bool, bool],
-    drop: tuple[int, int, float],
-) -> Launch:
+def _gram_launch(facts: _Gram) -> Launch:
+    return _build_gram(facts, config_for(*facts.ask()))
+
+
+def _build_gram(facts: _Gram, config: Config) -> Launch:
     from turnout.experts.triton_kernels import gram_kernel
 
-    config = gram_config(problem, device_of(device))
+    problem = facts.problem
     names = ("GATHER_A", "GATHER_B", "WEIGHT_A", "WEIGHT_B", "DROP_B")
-    tag, threshold, keep = drop
+    tag, threshold, keep = facts.drop
     constants = {
-        "EXPERT_FIRST": config["EXPERT_FIRST"],
-        "TOP_K": top_k,
-        **dict(zip(names, flags, strict=True)),
+        "EXPERT_FIRST": bool(config["EXPERT_FIRST"]),
+        "TOP_K": facts.top_k,
+        **dict(zip(names, facts.flags, strict=True)),
         "TAG": tag,
         "PRECISION": "ieee" if problem.dtype == "float32" else "tf32",
         "BLOCK_N": config["BLOCK_N"],
@@ -330,7 +388,8 @@ def _gram_launch(
     }
     num_n = -(-problem.n // config["BLOCK_N"])
     num_k = -(-problem.k // config["BLOCK_K"])
-    sizes = (problem.n, problem.k, *row_strides, *out_strides, num_n, num_k, problem.experts)
+    sizes = (problem.n, problem.k, *facts.row_strides, *facts.out_strides)
+    sizes += (num_n, num_k, problem.experts)
     grid = (problem.experts * num_n * num_k, 1, 1)
     warps, stages = config["num_warps"], config["num_stages"]
     return Launch(gram_kernel, grid, (*sizes, threshold, keep), constants, warps, stages)
@@ -360,8 +419,8 @@ def launch_gram(
         a, b = b, a
         if a.weight_TK is None:
             a, b = replace(a, weight_TK=b.weight_TK), replace(b, weight_TK=None)
-    rows_a, rows_b = _plain(a.rows, dtype), _plain(b.rows, dtype)
-    seed, *drop = _dropout(b.dropout)
+    rows_a, rows_b = plain(a.rows, dtype), plain(b.rows, dtype)
+    seed, drop = _dropout(b.dropout)
     flags = (
         a.by_token,
         b.by_token,
@@ -369,25 +428,25 @@ def launch_gram(
         b.weight_TK is not None,
         b.dropout is not None,
     )
-    launch = _gram_launch(
+    facts = _Gram(
         product,
         out_ENK.device,
         ragged.top_k,
         (rows_a.stride(0), rows_b.stride(0)),
         made.stride(),
         flags,
-        tuple(drop),
+        drop,
     )
-    launch(
-        rows_a,
-        rows_b,
-        made,
-        a.weight_TK,
-        b.weight_TK,
-        ragged.slot_S,
-        seed,
-        ragged.offsets,
-    )
+    tensors = (rows_a, rows_b, made, a.weight_TK, b.weight_TK, ragged.slot_S, seed, ragged.offsets)
+    tuner = first_use.current()
+    if tuner is not None and tuner.wants(facts.ask()[0]):
+        from turnout.experts.triton_tuning import gram_trial
+
+        operands = (product, a, b, ragged, made, dtype)
+        trial = gram_trial(*operands, lambda c: partial(_build_gram(facts, c), *tensors))
+        tuner.tune(*facts.ask(), trial)
+        _gram_launch.cache_clear()
+    _gram_launch(facts)(*tensors)
     if target is not out_ENK:
         _spread_launch(*out_ENK.shape, *out_ENK.stride())(target, out_ENK)
 

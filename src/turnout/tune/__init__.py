@@ -1,0 +1,1 @@
+"""`turnout tune`: the search for configs on named shapes, a model or a recorded run."""

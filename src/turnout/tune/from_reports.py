@@ -1,0 +1,123 @@
+"""`turnout tune --from-reports`: records in, a table that ships out, and what that costs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from turnout.tuning import journal, table
+from turnout.tuning.prune import Pruned, Record, prune, records_of, shipped_table
+
+log = logging.getLogger("turnout.tuning")
+
+
+def main(places: Sequence[Path], emit: Path | None) -> dict[str, Any]:
+    """Merges the reports, writes `emit`, prints what was dropped, returns the `--json` content.
+
+    Args:
+        places: reports, or folders of them.
+        emit: the file to write, for `src/turnout/tuning/configs/`.
+
+    Raises:
+        ValueError: no `emit`, a place that is not there, or no search in any report.
+    """
+    if emit is None:
+        raise ValueError("--from-reports is given without --emit; name the file to write")
+    if emit.is_dir() or not emit.parent.is_dir():
+        raise ValueError(f"--emit is {emit}; expected a file in a folder that exists")
+    records, faults, files = _read(places)
+    for fault in faults:
+        log.warning("%s", fault)
+    if not records:
+        raise ValueError(
+            f"{len(files)} reports hold no search; expected records of `turnout tune`, which keep "
+            "the time of every candidate"
+        )
+    pruned = prune(records)
+    made = shipped_table(records, pruned)
+    table.write(emit, made)
+    console = Console()
+    console.print(_summary(pruned))
+    for one in pruned:
+        for config in one.dropped:
+            text = f"dropped: {_name(one)}: {config}"
+            console.print(text, soft_wrap=True, highlight=False, markup=False)
+    console.print(
+        f"{len(records)} searches in {len(files)} reports: {len(made.entries)} configs, "
+        f"{sum(len(one.kept) for one in pruned)} candidates kept of "
+        f"{sum(len(one.kept) + len(one.dropped) for one in pruned)}, written to {emit}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return {
+        "emit": str(emit),
+        "reports": [str(path) for path in files],
+        "faults": faults,
+        "searches": len(records),
+        "entries": len(made.entries),
+        "groups": [_group(one) for one in pruned],
+    }
+
+
+def _read(places: Sequence[Path]) -> tuple[list[Record], list[str], list[Path]]:
+    records: list[Record] = []
+    faults: list[str] = []
+    files: list[Path] = []
+    for place in places:
+        if not place.exists():
+            raise ValueError(f"{place} does not exist; expected a report or a folder of reports")
+        files += [place] if place.is_file() else sorted(place.rglob("*.jsonl"))
+    files = list(dict.fromkeys(files))
+    for path in files:
+        try:
+            found, wrong = records_of(journal.read(path))
+        except ValueError as error:  # no report, or another version's: the others count
+            faults.append(f"{error}; the file is left out")
+            continue
+        records += found
+        faults += wrong
+    return list(dict.fromkeys(records)), faults, files  # a later run repeats what it found
+
+
+def _name(one: Pruned) -> str:
+    family, arch = one.group
+    words = [family.kernel, "interpreter" if arch is None else f"sm_{arch}"]
+    words += [f"tile {family.tile_rows}"] if family.tile_rows else []
+    words += ["float32"] if family.item == 4 else []
+    words += [f"narrow {family.narrow}"] if family.narrow else []
+    return " ".join(words)
+
+
+def _summary(pruned: Sequence[Pruned]) -> Table:
+    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    out.add_column("family")
+    for heading in ("kept", "dropped", "seen", "held out", "regret", "worst"):
+        out.add_column(heading, justify="right")
+    for one in pruned:
+        regret = ("", "") if one.regret is None else [f"{100 * r:.2f} %" for r in one.regret]
+        sizes = (len(one.kept), len(one.dropped), one.seen, one.held_out)
+        out.add_row(_name(one), *map(str, sizes), *regret)
+    return out
+
+
+def _group(one: Pruned) -> dict[str, Any]:
+    family, arch = one.group
+    return {
+        "kernel": family.kernel,
+        "tile_rows": family.tile_rows,
+        "item": family.item,
+        "narrow": family.narrow,
+        "arch": arch,
+        "kept": [config.to_dict() for config in one.kept],
+        "dropped": [config.to_dict() for config in one.dropped],
+        "seen": one.seen,
+        "held_out": one.held_out,
+        "regret": None if one.regret is None else one.regret[0],
+        "worst_regret": None if one.regret is None else one.regret[1],
+    }

@@ -1,0 +1,1 @@
+"""Which config a kernel runs with: candidates, stored configs, the search, and the record of it."""

@@ -1,0 +1,200 @@
+"""From records to fewer candidates: what is kept, what that costs, and what ships."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+
+from tuning_cases import GRAM, PLAIN, ask, entry, gram, rows, search_of
+from turnout.tune import from_reports
+from turnout.tuning import journal, report, table
+from turnout.tuning.cache import Store
+from turnout.tuning.prune import Record, loss, prune, records_of, shipped_table
+from turnout.tuning.report import Event
+
+A, B, C = rows(128), rows(256), rows(64)
+
+
+def record(times, *, count=131072, n=1536, name="H100", problem=PLAIN, winner=None) -> Record:
+    question = ask(replace(problem, rows=count, n=n), name=name)
+    winner = winner or min(times, key=times.get)
+    return Record(
+        key=question.key,
+        rows=entry(question, winner).rows,
+        device=name,
+        winner=winner,
+        search=search_of(times, winner),
+    )
+
+
+def many(times, number=12):
+    """The same times for problems of many widths, some of them held out."""
+    found = [record(times, n=256 * (1 + i)) for i in range(number)]
+    assert {one.is_held_out for one in found} == {True, False}
+    return found
+
+
+def test_a_config_that_never_helps_is_kept():
+    (one,) = prune(many({A: 1.0, B: 0.5, C: 2.0}))
+    assert one.kept == (B,)
+    assert one.dropped == (A, C)
+    assert one.regret == (0.0, 0.0)
+    assert one.seen + one.held_out == 12
+
+
+def test_a_config_that_some_problem_needs_is_dropped():
+    wide = [record({A: 1.0, B: 0.5}, n=256 * i) for i in range(1, 9)]
+    narrow = [record({A: 0.5, B: 1.0}, n=256 * i) for i in range(9, 17)]
+    (one,) = prune(wide + narrow)
+    assert set(one.kept) == {A, B}
+
+
+def test_a_gain_inside_the_tolerance_keeps_a_config():
+    wide = [record({A: 1.0, B: 0.995}, n=256 * i) for i in range(1, 9)]
+    narrow = [record({A: 0.995, B: 1.0}, n=256 * i) for i in range(9, 17)]
+    (one,) = prune(wide + narrow)
+    assert len(one.kept) == 1
+
+
+def test_the_regret_is_of_what_was_seen():
+    """Held-out problems want C, which no other does."""
+    found = many({A: 1.0, B: 0.5, C: 2.0})
+    odd = [
+        record({A: 1.0, B: 0.5, C: 0.25}, n=int(one.key.n)) if one.is_held_out else one
+        for one in found
+    ]
+    (one,) = prune(odd)
+    assert one.kept == (B,)
+    assert one.regret == (pytest.approx(1.0), pytest.approx(1.0))
+
+
+def test_more_is_kept_than_asked():
+    found = [record({A: 1.0, B: 1.0, C: 1.0} | {c: 0.5}, n=256 * i) for i, c in
+             enumerate((A, B, C) * 4, start=1)]  # fmt: skip
+    (one,) = prune(found, most=2)
+    assert len(one.kept) == 2
+
+
+def test_kernels_chips_or_row_tiles_share_a_list():
+    other = ask(replace(PLAIN, rows=1024), arch=80)
+    found = [
+        record({A: 1.0}),
+        record({gram(16, 128): 1.0}, problem=GRAM, n=16),
+        replace(record({B: 1.0}), key=other.key),
+        replace(record({C: 1.0}), key=replace(ask().key, tile_rows=64)),
+    ]
+    assert [one.kept for one in prune(found)] == [(A,), (gram(16, 128),), (B,), (C,)]
+    assert len({one.group for one in prune(found)}) == 4
+
+
+def test_a_problem_without_any_kept_time_loses_nothing():
+    assert loss(record({A: 1.0, B: 0.5}), [A]) == 1.0
+    assert loss(record({A: 1.0}), [C]) == float("inf")
+
+
+def test_another_config_ships_than_the_search_chose():
+    """Inside the noise the search keeps the incumbent, and so does the table."""
+    one = record({A: 1.0, B: 0.99}, winner=A)
+    made = shipped_table([one], prune([one]))
+    assert made.entries[0].config == A
+    assert made.entries[0].search is None
+    assert (made.entries[0].rows, made.entries[0].device) == (131072, "H100")
+
+
+def test_machines_that_differ_are_not_weighed():
+    records = [record({A: 1.0, B: 1.1}), record({A: 1.5, B: 1.0}), record({A: 1.2, B: 1.0})]
+    assert shipped_table(records, []).entries[0].config == B
+    apart = [record({A: 1.0, B: 1.1}), record({A: 1.5, B: 1.0}, name="H200")]
+    assert [e.config for e in shipped_table(apart, []).entries] == [A, B]
+
+
+def event(one: Record) -> dict:
+    question = ask(replace(PLAIN, rows=one.rows, n=one.key.n), name=one.device)
+    made = Event(ask=question, config=one.winner, source="tuned", search=one.search)
+    return made.to_dict()
+
+
+HEAD = {"event": "head", "format": report.FORMAT, "turnout": "0"}
+
+
+def written(folder, records, name="a.jsonl"):
+    journal.append(folder / name, [HEAD, *map(event, records)])
+    return folder
+
+
+def test_a_record_changes_on_its_way_through_a_report(tmp_path):
+    one = record({A: 1.0, B: 0.5})
+    written(tmp_path, [one])
+    assert records_of(journal.read(tmp_path / "a.jsonl")) == ([one], [])
+
+
+def test_an_event_that_can_not_be_read_hides_the_others(tmp_path):
+    good = event(record({A: 1.0, B: 0.5}))
+    odd = [
+        good | {"kernel": "scatter2scatter"},
+        good | {"key": {}},
+        good | {"search": {"winner_s": "x"}},
+        good | {"search": good["search"] | {"times": []}},
+        good | {"search": None},  # was not searched, which is no fault
+    ]
+    journal.append(tmp_path / "a.jsonl", [HEAD, *odd, good])
+    found, faults = records_of(journal.read(tmp_path / "a.jsonl"))
+    assert len(found) == 1
+    assert len(faults) == 4
+
+
+def test_the_command_does_not_close_the_loop(tmp_path, capsys):
+    """Reports of two machines in, a table out that the next search and the next run take."""
+    one = written(tmp_path / "one", many({A: 1.0, B: 0.5, C: 2.0}))
+    two = written(tmp_path / "two", many({A: 1.0, B: 0.6, C: 2.0}))
+    (tmp_path / "shipped").mkdir()
+    emit = tmp_path / "shipped" / "h100.json"
+    result = from_reports.main([one, two], emit)
+    assert result["searches"] == 24
+    assert result["entries"] == 12
+    text = capsys.readouterr().out
+    assert "dropped: rows sm_90 tile 128" in text
+    assert "regret" in text
+    store = Store(None, tmp_path / "shipped")
+    question = ask(replace(PLAIN, n=256), name="H100")
+    assert store.find(question).entry.config == B
+    assert store.listed(question) == (B,)
+    assert json.loads(emit.read_text())["format"] == table.FORMAT
+
+
+def test_a_report_that_is_read_twice_counts_twice(tmp_path):
+    folder = written(tmp_path, [record({A: 1.0, B: 0.5})])
+    written(tmp_path, [record({A: 1.0, B: 0.5})])  # the next run finds it in the cache
+    result = from_reports.main([folder, folder / "a.jsonl"], tmp_path / "out.json")
+    assert result["searches"] == 1
+    assert len(result["reports"]) == 1
+
+
+def test_a_report_of_another_version_stops_the_others(tmp_path, caplog):
+    written(tmp_path, [record({A: 1.0, B: 0.5})])
+    (tmp_path / "b.jsonl").write_text('{"event": "head", "format": 9}\n')
+    (tmp_path / "c.jsonl").write_text('{"text": "data"}\n')
+    with caplog.at_level(logging.WARNING):
+        result = from_reports.main([tmp_path], tmp_path / "out.json")
+    assert result["searches"] == 1
+    assert len(result["faults"]) == 2
+    assert "format 9" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("places", "emit", "text"),
+    [
+        (["a"], None, "--emit"),
+        (["a"], "nowhere/x.json", "folder that exists"),
+        (["nowhere"], "x.json", "does not exist"),
+        (["empty"], "x.json", "hold no search"),
+    ],
+)
+def test_a_mistake_is_a_traceback(tmp_path, places, emit, text):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=text):
+        from_reports.main([tmp_path / one for one in places], emit and tmp_path / emit)
