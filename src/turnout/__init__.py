@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from turnout.integrations.blocks import block_forward, shared_expert_output
     from turnout.integrations.patching import lora_targets, patch, unpatch
     from turnout.integrations.routers import spec_of
+    from turnout.integrations.routing_record import record_routing, replay_routing
 
 _LAZY = {
     "patch": "turnout.integrations.patching",
     "unpatch": "turnout.integrations.patching",
     "lora_targets": "turnout.integrations.patching",
     "spec_of": "turnout.integrations.routers",
+    "record_routing": "turnout.integrations.routing_record",
+    "replay_routing": "turnout.integrations.routing_record",
     "block_forward": "turnout.integrations.blocks",
     "shared_expert_output": "turnout.integrations.blocks",
 }
@@ -42,7 +45,9 @@ __all__ = [
     "expert_mlp",
     "lora_targets",
     "patch",
+    "record_routing",
     "reference",
+    "replay_routing",
     "route",
     "shared_expert_output",
     "spec_of",

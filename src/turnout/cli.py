@@ -81,6 +81,9 @@ def verify(
         Path | None, typer.Option(help="With --all: write the table of docs/support.md here.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where to run, for example cuda.")] = "cpu",
+    router: Annotated[
+        str, typer.Option(help="fused: the whole models run with swapped routers.")
+    ] = "model",
     json_file: Json = None,
 ) -> None:
     """Compare turnout with the model's own code: forward, gradients, LoRA, routing, bfloat16."""
@@ -88,7 +91,12 @@ def verify(
 
     result = _run(
         lambda: checks.main(
-            types, everything=everything, model=model, support=support, device=device
+            types,
+            everything=everything,
+            model=model,
+            support=support,
+            device=device,
+            router=router,
         ),
         json_file,
     )

@@ -26,7 +26,9 @@ NAMES = [
     "expert_mlp",
     "lora_targets",
     "patch",
+    "record_routing",
     "reference",
+    "replay_routing",
     "route",
     "shared_expert_output",
     "spec_of",
@@ -38,6 +40,8 @@ FUNCTIONS = {
     "routing_cache=False, tune=None)",
     "unpatch": "(model)",
     "lora_targets": "(model)",
+    "record_routing": "(model)",
+    "replay_routing": "(model, record)",
     "route": "(logits_TE, spec, *, bias_E=None, expert_scale_E=None, scale=None, experts_TK=None)",
     "expert_mlp": "(x_TH, experts_TK, weights_TK, weights, spec, *, lora=None, recompute='none', "
     "backend='auto', expert_dropout=0.0)",

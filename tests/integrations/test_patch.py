@@ -30,6 +30,7 @@ from transformers.integrations import moe
 
 import turnout
 from turnout import Unsupported
+from turnout.tuning import first_use
 
 KEYS = ("qwen3_moe", "gpt_oss", "nemotron_h", "gemma4_text", *UNDECORATED)
 
@@ -264,9 +265,7 @@ def test_a_failed_patch_leaves_the_model_half_patched() -> None:
         ({"recompute": "all"}, ValueError, "recompute is 'all'"),
         ({"expert_dropout": 1.0}, ValueError, "expert_dropout is 1.0"),
         ({"expert_dropout": -0.1}, ValueError, "expert_dropout is -0.1"),
-        ({"router": "fused"}, Unsupported, "router='model'"),
-        ({"routing_cache": True}, Unsupported, "routing_cache"),
-        ({"tune": "now"}, Unsupported, "tune"),
+        ({"tune": "now"}, ValueError, "expected None or 'first-use'"),
         ({"backend": "sonic"}, Unsupported, "sonic"),
     ],
 )
@@ -276,6 +275,18 @@ def test_a_bad_option_changes_the_model(options: Any, error: Any, words: str) ->
     with pytest.raises(error, match=words):
         turnout.patch(model, **options)
     assert changes(before, snapshot(model)) == []
+
+
+def test_tuning_goes_on_after_unpatch_or_never_starts() -> None:
+    one, other = tiny("qwen3_moe"), tiny("qwen3_moe")
+    turnout.patch(one)
+    assert first_use.current() is None
+    turnout.patch(one, tune="first-use")
+    turnout.patch(other, tune="first-use")
+    turnout.unpatch(one)
+    assert first_use.current() is not None, "the other model still asks for it"
+    turnout.unpatch(other)
+    assert first_use.current() is None
 
 
 def test_something_that_is_not_a_module_is_patched() -> None:

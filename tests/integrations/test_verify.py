@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from turnout.cli import app, main
-from turnout.integrations import architectures
+from turnout.integrations import architectures, router_forward, router_outputs
 from turnout.specs import Activation, RouteSpec
 from turnout.verify import TINY, Row, routing, support_page, to_dict, verify_types
 from turnout.verify.run import _forward
@@ -149,6 +150,25 @@ def test_a_red_row_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CliRunner().invoke(app, ["verify", "qwen3_moe"]).exit_code == 1
 
 
+def test_swapped_routers_are_not_what_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["verify", "qwen3_moe", "granitemoe", "--router", "fused"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    decide = router_outputs.decide
+
+    def twice(*args: Any, **kwargs: Any) -> Any:
+        found = decide(*args, **kwargs)
+        return replace(found, weights_TK=2 * found.weights_TK) if args[2].shape[0] > 4 else found
+
+    monkeypatch.setattr(router_forward, "decide", twice)  # but for the check on four tokens
+    (row,) = verify_types(["qwen3_moe"], router="fused")
+    assert "forward_err" in row.reason
+    assert verify_types(["qwen3_moe"])[0].status == "ok"
+
+
+def test_routers_that_stay_the_models_own_are_not_named(rows: dict[str, Row]) -> None:
+    assert {key for key, row in rows.items() if row.own_router} == {*MODELS_OWN, "jetmoe"}
+
+
 def test_a_local_checkpoint_is_verified(tmp_path: Path) -> None:
     build("qwen3_moe").to(torch.bfloat16).save_pretrained(tmp_path / "model")
     out = tmp_path / "rows.json"
@@ -168,6 +188,7 @@ def test_a_local_checkpoint_is_verified(tmp_path: Path) -> None:
         (["bogus"], "unknown architectures"),
         (["--all", "--model", "x"], "--model checks one checkpoint"),
         (["--support", "x.md"], "give it with --all"),
+        (["--router", "fast"], "--router is 'fast'; expected one of 'model', 'fused'"),
     ],
 )
 def test_bad_arguments_are_one_clear_error(

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from turnout.integrations import peft
 from turnout.integrations.architectures import Layout, class_key, layout_of, live
-from turnout.integrations.routers import need, router_logits, spec_of
+from turnout.integrations.router_outputs import decide
+from turnout.integrations.router_rules import need
+from turnout.integrations.routers import router_logits, rule_of, spec_of
 from turnout.integrations.state import LayerState, state_of
 from turnout.integrations.transformers import run
-from turnout.routing.ops import route
 from turnout.specs import Unsupported
 
 SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
@@ -84,7 +85,8 @@ def block_forward(block: Any, x: Tensor) -> Tensor:
     if hasattr(live(need(block, "gate" if hasattr(block, "gate") else "router")), "tid2eid"):
         raise Unsupported(f"{type(block).__name__} routes by input ids; run the block itself")
     x_TH = x.reshape(-1, x.shape[-1])
-    routing = route(router_logits(block, x_TH), spec, **tensors)
+    output = rule_of(block).output
+    routing = decide(output, spec, router_logits(block, x_TH), x.dtype, tensors)
     rows = block.fc1_latent_proj(x_TH) if key == "nemotron_h.NemotronHMoE" else x_TH
     routed = _experts(block, rows, routing.experts_TK, routing.weights_TK)
     if key == "nemotron_h.NemotronHMoE":

@@ -1,9 +1,10 @@
 """`patch`, `unpatch`, `lora_targets`: from a Hugging Face model to turnout and back.
 
 Every change is on an instance and is undone by `unpatch`: a config copy and a state object per
-experts module, an instance `forward` where transformers' interface does not reach, an
-`_activate_lora` per PEFT wrapper, and one forward pre-hook on the root that attaches wrappers added
-later. No class of another library is modified, and `model.config` stays as it is.
+experts module, an instance `forward` where transformers' interface does not reach and on routers
+that are swapped, an `_activate_lora` per PEFT wrapper, forward pre-hooks that attach what is added
+later, and with `routing_cache` a `context_fn` on the checkpoint functions. No class of another
+library is modified, and `model.config` stays as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from turnout.experts.gemm import backend_named
-from turnout.integrations import peft
+from turnout.integrations import checkpoints, peft
 from turnout.integrations.architectures import (
     Layout,
     Stock,
@@ -26,10 +27,13 @@ from turnout.integrations.architectures import (
     stack_holder,
 )
 from turnout.integrations.report import Report
+from turnout.integrations.router_forward import restore
+from turnout.integrations.router_swap import swap_all
 from turnout.integrations.state import ATTRIBUTE, LayerState, state_of
 from turnout.integrations.transformers import FORWARDS, NAME, bind, experts_forward
 from turnout.integrations.versions import check_versions
 from turnout.specs import BackendName, Recompute, RouterChoice, Unsupported, check_choice
+from turnout.tuning import first_use
 
 _ROOT = "_turnout_root"
 
@@ -51,10 +55,20 @@ def patch(
     Args:
         model: a transformers model, or a PEFT model around one.
         backend: `auto`, or the one back end to use.
-        router: `model` keeps the model's own router module.
+        router: `model` keeps the forward of the model's own routers. `fused` swaps it, on each
+            instance, for one that computes the same logits, calls `turnout.route`, and returns the
+            same tuple with the same dtypes; hooks and adapters on routers go on working. Routers
+            that turnout can not reproduce stay as they are; the report names each, and says where
+            `route` has a kernel and where it runs its definition in PyTorch.
         recompute: `gate_up` saves no pre-activation for backward and computes it again.
         expert_dropout: LoRA dropout on the experts' inputs, in training mode; PEFT refuses its own.
-        routing_cache, tune: not in this version.
+        routing_cache: with non-reentrant activation checkpointing, the recompute takes the experts
+            that the forward chose and does not select again. Forward and recompute have to keep the
+            same tensors, so the routers are swapped for this too: with `router="model"` they run
+            the definition of their rule in PyTorch. Not in compiled code.
+        tune: `first-use` searches the config of every kernel where a problem is first met, within
+            ten minutes for the process, and keeps it in the cache (docs/tuning.md). None times
+            nothing.
 
     Returns:
         A live `Report`: what runs fused, what stays stock and why.
@@ -65,7 +79,7 @@ def patch(
         Unsupported: an option or back end that this version does not have.
     """
     check_versions()
-    _check_options(model, backend, router, recompute, expert_dropout, routing_cache, tune)
+    _check_options(model, backend, router, recompute, expert_dropout, tune)
     unpatch(model)
     layers = list(expert_modules(model))
     if not layers:
@@ -77,13 +91,21 @@ def patch(
         if isinstance(layout, Layout):
             state = LayerState(layout, backend, recompute, expert_dropout, patched=True)
             _patch_module(module, state)
-    _install_root(model)
+    root = _install_root(model)
     try:
+        if router == "fused" or routing_cache:
+            swap_all(model, kernel=router == "fused", cache=routing_cache)
+        if routing_cache:
+            root.handles += checkpoints.follow(model, strict=False)
         peft.attach(model)
     except (ValueError, Unsupported):
         unpatch(model)
         raise
-    return Report(model, backend=backend, router=router, recompute=recompute)
+    if tune is not None:
+        first_use.start(model)
+    return Report(
+        model, backend=backend, router=router, recompute=recompute, routing_cache=routing_cache
+    )
 
 
 def _check_options(
@@ -92,7 +114,6 @@ def _check_options(
     router: str,
     recompute: str,
     expert_dropout: float,
-    routing_cache: bool,
     tune: str | None,
 ) -> None:
     if not isinstance(model, nn.Module):
@@ -107,15 +128,8 @@ def _check_options(
         raise ValueError(f"expert_dropout is {expert_dropout!r}; expected 0 <= p < 1")
     if backend != "auto":
         backend_named(backend)
-    if router == "fused":
-        raise Unsupported(
-            "router='fused' is not in this version of turnout; use router='model', which runs the "
-            "model's own router"
-        )
-    if routing_cache:
-        raise Unsupported("routing_cache=True is not in this version of turnout; leave it False")
-    if tune is not None:
-        raise Unsupported(f"tune={tune!r} is not in this version of turnout; leave it None")
+    if tune not in (None, "first-use"):
+        raise ValueError(f"tune is {tune!r}; expected None or 'first-use'")
 
 
 def _patch_module(module: Any, state: LayerState) -> None:
@@ -153,7 +167,7 @@ class _Root:
             handle.remove()
 
 
-def _install_root(model: nn.Module) -> None:
+def _install_root(model: nn.Module) -> _Root:
     """Hooks for adapters that PEFT adds later: one on the root, one on each experts' parent.
 
     The root's looks at configs. The parents' attach: PEFT replaces the child of that parent, and a
@@ -168,6 +182,7 @@ def _install_root(model: nn.Module) -> None:
                 hook = partial(_attach_child, child)
                 root.handles.append(module.register_forward_pre_hook(hook))
     vars(model)[_ROOT] = root
+    return root
 
 
 def _look_at_configs(root: _Root, model: nn.Module, args: Any) -> None:
@@ -190,7 +205,10 @@ def _attach_child(child: str, parent: nn.Module, args: Any) -> None:
 def unpatch(model: nn.Module) -> None:
     """Undo `patch` exactly; a model that was not patched stays as it is."""
     peft.detach(model)
+    checkpoints.detach(model)
     for module in model.modules():
+        first_use.stop(module)
+        restore(module)
         state = state_of(module)
         if state is not None:
             if state.original_config is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +22,8 @@ from turnout.integrations.architectures import (
     live,
     stack_holder,
 )
+from turnout.integrations.router_forward import STATE
+from turnout.integrations.router_places import Place, places, why_definition
 from turnout.integrations.state import state_of
 from turnout.specs import Unsupported
 
@@ -90,14 +92,51 @@ def _describe(layout: Layout) -> str:
     return " ".join(words)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterRow:
+    """One router: `model` runs its own forward, `fused` and `definition` are swapped; and why."""
+
+    name: str
+    router_class: str
+    status: Literal["model", "fused", "definition"]
+    detail: str
+
+    @classmethod
+    def of(cls, place: Place, router: str) -> RouterRow:
+        """The row of one router as it is now; `router` is what `patch` was given."""
+        state = vars(place.modules[0]).get(STATE)
+        status: Literal["model", "fused", "definition"] = "model"
+        if state is None:
+            detail = f"router={router!r}" if router == "model" else "turnout.unpatch was called"
+        elif state.own:
+            detail = state.own
+        elif state.kernel:
+            reason, status = why_definition(place), "fused"
+            detail = f"definition in PyTorch: {reason}" if reason else "kernel"
+        else:
+            status, detail = "definition", "in PyTorch, for routing_cache=True"
+        return cls(
+            name=place.name, router_class=type(place.router).__name__, status=status, detail=detail
+        )
+
+
 class Report:
     """What runs where. `print` it, `.to_dict()` it, or `.require("fused")`."""
 
-    def __init__(self, model: nn.Module, *, backend: str, router: str, recompute: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        backend: str,
+        router: str,
+        recompute: str,
+        routing_cache: bool = False,
+    ) -> None:
         self._model = model
         self.backend = backend
         self.router = router
         self.recompute = recompute
+        self.routing_cache = routing_cache
 
     @property
     def layers(self) -> tuple[LayerRow, ...]:
@@ -120,12 +159,19 @@ class Report:
         return dict(Counter(row.status for row in self.layers))
 
     @property
+    def routers(self) -> tuple[RouterRow, ...]:
+        """One row per router: what routes, and why."""
+        return tuple(RouterRow.of(place, self.router) for place in places(self._model))
+
+    @property
     def adapters(self) -> dict[str, str]:
         """What each adapted expert parameter's next forward does, by name."""
         return peft.adapter_paths(self._model)
 
     def require(self, status: str = "fused") -> Report:
         """This report, or an error unless every layer and every adapter has `status`.
+
+        With `router="fused"` every router too; on what it runs is in its row.
 
         Raises:
             ValueError: `status` is not `fused`.
@@ -141,6 +187,12 @@ class Report:
         problems += [
             f"{name}: {path}" for name, path in self.adapters.items() if not path.startswith(status)
         ]
+        if self.router == status:
+            problems += [
+                f"{row.name}: router {row.status} ({row.detail})"
+                for row in self.routers
+                if row.status != status
+            ]
         if problems:
             raise Unsupported(f"{len(problems)} parts are not fused: " + "; ".join(problems))
         return self
@@ -152,8 +204,10 @@ class Report:
             "backend": self.backend,
             "router": self.router,
             "recompute": self.recompute,
+            "routing_cache": self.routing_cache,
             "counts": self.counts,
             "layers": [asdict(row) for row in self.layers],
+            "routers": [asdict(row) for row in self.routers],
             "adapters": self.adapters,
         }
 
@@ -169,6 +223,8 @@ class Report:
             table.add_row(
                 f"{count} x {first}", row.experts_class, *sizes, row.dtype, row.activation, status
             )
+        for (first, kind, what), count in self._grouped_routers():
+            table.add_row(f"{count} x {first}", kind, "", "", "", "", "", what)
         for path, count in Counter(self.adapters.values()).items():
             table.add_row(f"{count} adapters", "", "", "", "", "", "", path)
         return table
@@ -181,6 +237,14 @@ class Report:
             values.pop("name")
             groups.setdefault(tuple(values.values()), []).append(row)
         return [((rows[0], len(rows)), rows[0].name) for rows in groups.values()]
+
+    def _grouped_routers(self) -> list[tuple[tuple[str, str, str], int]]:
+        """(the first one's name, class, what routes) of equal routers, with their number."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for row in self.routers:
+            what = f"router: {row.status} ({row.detail})"
+            groups.setdefault((row.router_class, what), []).append(row.name)
+        return [((names[0], *key), len(names)) for key, names in groups.items()]
 
     def __str__(self) -> str:
         console = Console(width=140, no_color=True)

@@ -145,10 +145,13 @@ def longcat_forward(
 
 
 def llama4_block_forward(block: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """Llama 4's block: the weight multiplies the expert's input; only chosen experts run."""
+    """Llama 4's block: the weight multiplies the expert's input; only chosen experts run.
+
+    Scores are 0 where not chosen, so they say what the router chose.
+    """
     hidden_states = hidden_states.reshape(-1, block.hidden_dim)
     scores_TE, logits_TE = block.router(hidden_states)
-    experts_TK = torch.topk(logits_TE, block.top_k, dim=1).indices
+    experts_TK = torch.topk(scores_TE, block.top_k, dim=1).indices
     out = block.shared_expert(hidden_states)
     routed = block.experts(hidden_states, experts_TK, scores_TE.gather(1, experts_TK))
     return out + routed, logits_TE

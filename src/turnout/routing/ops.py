@@ -113,7 +113,7 @@ def _check(
             raise ValueError(f"{name} has dtype {tensor.dtype}; expected a float dtype")
     if experts is not None:
         _check_given(experts, logits.shape[0], num_experts, spec)
-    if torch.is_anomaly_enabled() and reads_values(logits) and logits.isnan().any():
+    if reads_values(logits) and torch.is_anomaly_enabled() and logits.isnan().any():
         rows = logits.isnan().any(1).nonzero().flatten()
         raise ValueError(
             f"logits_TE has NaN in {len(rows)} of {logits.shape[0]} rows, first in row "

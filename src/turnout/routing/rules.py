@@ -57,9 +57,14 @@ def score(z: Tensor, spec: RouteSpec) -> Tensor:
     return F.softplus(z).sqrt()
 
 
+@torch.no_grad()
 def top_indices(values: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of the last dim, largest first; the lowest index wins a tie."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    """Indices of the k largest of the last dim, largest first; the lowest index wins a tie.
+
+    Nothing is kept for backward, so a route with given experts saves the same tensors; and the
+    indices of all values are not kept alive by those of the first k.
+    """
+    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
 
 
 @torch.no_grad()

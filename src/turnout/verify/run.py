@@ -22,6 +22,7 @@ from turnout._version import __version__
 from turnout.integrations.architectures import Stock, expert_modules
 from turnout.integrations.routers import own_router
 from turnout.integrations.versions import check_versions
+from turnout.specs import RouterChoice, check_choice
 from turnout.verify import checks, routing, tiny
 
 # Largest relative errors in float32 that are rounding. bfloat16 is judged against the model's own.
@@ -33,6 +34,7 @@ class Row:
     """The result for one architecture. Errors are relative; None where there is nothing to compare.
 
     `status`: ok | stock | fail; `reason` says why it is not ok, from `StockReason` when stock.
+    `own_router`: why `router="fused"` leaves the router alone; empty if it is swapped.
     """
 
     model_type: str
@@ -43,6 +45,7 @@ class Row:
     grad_err: float | None
     lora_err: float | None
     status: Literal["ok", "stock", "fail"]
+    own_router: str = ""
     reason: str = ""
     note: str = ""
     routing_bf16_err: float | None = None
@@ -52,7 +55,7 @@ class Row:
     lora_bf16_peft_err: float | None = None
 
 
-def check_model(model: Any, inputs: checks.Inputs, key: str) -> Row:
+def check_model(model: Any, inputs: checks.Inputs, key: str, router: RouterChoice = "model") -> Row:
     """Every check on one model in float32 eager; the model comes back as it was."""
     layers = list(expert_modules(model))
     stock = [layout for _, _, layout in layers if isinstance(layout, Stock)]
@@ -60,11 +63,11 @@ def check_model(model: Any, inputs: checks.Inputs, key: str) -> Row:
     nudged = None
     if "inputs_embeds" not in inputs and "decoder_input_ids" not in inputs:
         nudged = checks.run(model, inputs, nudge=2.0**-23)
-    ours, report = checks.patched_pass(model, inputs)
+    ours, report = checks.patched_pass(model, inputs, router)
     parity, half_parity, rule = _routing(model, inputs)
     lora, note, half = None, "", None
     if not stock:
-        lora, note = checks.lora_error(model, inputs)
+        lora, note = checks.lora_error(model, inputs, router)
         half = _half(model, inputs)
     values: dict[str, Any] = {
         "forward_err": checks.output_error(ours, theirs),
@@ -83,6 +86,7 @@ def check_model(model: Any, inputs: checks.Inputs, key: str) -> Row:
         router=rule,
         experts=stock[0].detail if stock else report.layers[0].activation or "",
         status=status,  # type: ignore[arg-type]
+        own_router=checks.own_routers(model),
         reason="; ".join(problems) or (stock[0].reason if stock else ""),
         note=note,
         **values,
@@ -140,9 +144,12 @@ def _half(model: Any, inputs: checks.Inputs) -> checks.Half | None:
 
 
 def verify_types(
-    keys: Iterable[str], device: str = "cpu", console: Console | None = None
+    keys: Iterable[str],
+    device: str = "cpu",
+    console: Console | None = None,
+    router: RouterChoice = "model",
 ) -> list[Row]:
-    """Rows for tiny random models of these architectures.
+    """Rows for tiny random models of these architectures, patched with that `router`.
 
     Raises:
         ValueError: an architecture that is not in `TINY`, or a too old transformers or PEFT.
@@ -159,11 +166,13 @@ def verify_types(
             warnings.simplefilter("ignore")
             model = tiny.build(key).to(device)
             inputs = {k: v.to(device) for k, v in tiny.make_inputs(key).items()}
-            rows.append(check_model(model, inputs, key))
+            rows.append(check_model(model, inputs, key, router))
     return rows
 
 
-def verify_checkpoint(path: str, device: str = "cpu", tokens: int = 32) -> Row:
+def verify_checkpoint(
+    path: str, device: str = "cpu", tokens: int = 32, router: RouterChoice = "model"
+) -> Row:
     """The row of a local checkpoint, on random token ids, in float32.
 
     Raises:
@@ -189,7 +198,7 @@ def verify_checkpoint(path: str, device: str = "cpu", tokens: int = 32) -> Row:
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(0, vocabulary, (2, tokens // 2), generator=generator).to(device)
-    return check_model(model, {"input_ids": ids}, model.config.model_type)
+    return check_model(model, {"input_ids": ids}, model.config.model_type, router)
 
 
 def versions() -> dict[str, str]:
@@ -243,16 +252,18 @@ def support_page(rows: list[Row]) -> str:
         "",
         "`ok`: with turnout the tiny model of the architecture gives the model's own outputs and "
         "gradients. `stock`: the layer keeps the model's own code, and why. Adapters: `fused`, or "
-        "`PEFT path` where PEFT's own fold runs. Router: the rule that `turnout.route` reproduces; "
-        "in training the model's own router runs.",
+        "`PEFT path` where PEFT's own fold runs. Router: the rule that `turnout.route` reproduces. "
+        '`router="fused"`: whether `patch` swaps the forward for one on `turnout.route`; '
+        "where it does not, the model's own runs.",
         "",
-        "| architecture | router | experts | adapters | status |",
-        "|---|---|---|---|---|",
+        '| architecture | router | `router="fused"` | experts | adapters | status |',
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         adapters = "" if row.status != "ok" else row.note or "fused"
         status = row.status if row.status == "ok" else f"{row.status}: {row.reason}"
-        cells = (f"`{row.model_type}`", row.router, row.experts, adapters, status)
+        swapped = f"no: {row.own_router}" if row.own_router else "yes"
+        cells = (f"`{row.model_type}`", row.router, swapped, row.experts, adapters, status)
         lines.append("| " + " | ".join(cells) + " |")
     counts = {
         status: sum(row.status == status for row in rows) for status in ("ok", "stock", "fail")
@@ -271,6 +282,7 @@ def main(
     model: Path | None = None,
     support: Path | None = None,
     device: str = "cpu",
+    router: str = "model",
 ) -> dict[str, Any]:
     """The `verify` command: check, print the table, write the support page, return `to_dict`.
 
@@ -281,12 +293,14 @@ def main(
         raise ValueError("--model checks one checkpoint; give it without --all and architectures")
     if support is not None and not everything:
         raise ValueError("--support writes the page of all architectures; give it with --all")
+    check_choice("--router", router, RouterChoice)
+    choice: RouterChoice = "fused" if router == "fused" else "model"
     console = Console()
     if model is not None:
-        rows = [verify_checkpoint(str(model), device)]
+        rows = [verify_checkpoint(str(model), device, router=choice)]
     else:
         keys = list(tiny.TINY) if everything else types or list(SHORT)
-        rows = verify_types(keys, device, Console(stderr=True))
+        rows = verify_types(keys, device, Console(stderr=True), choice)
     console.print(table(rows))
     counts = Counter(row.status for row in rows)
     console.print(", ".join(f"{count} {status}" for status, count in counts.items()))
