@@ -190,6 +190,7 @@ def recording(device: Device) -> Iterator[dict[str, Launch]]:
             patch.object(triton.runtime.driver, "_active", driver),
             patch.object(JITFunction, "run", run),
             patch.object(FakeTensor, "is_cuda", True),
+            patch("torch.cuda.is_current_stream_capturing", lambda: False),
             patch.object(FakeTensor, "get_device", lambda tensor: index, create=True),
             patch.object(Tensor, "data_ptr", _address, create=True),
             triton.knobs.runtime.scope(),

@@ -48,11 +48,16 @@ def pays(tokens: int, top_k: int) -> bool:
     return tokens * top_k > SORTED_AT_ONCE
 
 
+def _capturing(t: Tensor) -> bool:
+    """A graph is: before each replay others write into its inputs, which nobody counts again."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def attach(experts_TK: Tensor, num_experts: int, counts: Tensor) -> None:
     """Leave the counts on the tensor that was counted."""
     if not experts_TK.is_inference():  # no version to know a change by
-        left = (num_experts, experts_TK.data_ptr(), experts_TK._version, counts)
-        vars(experts_TK)[_NAME] = left
+        place = experts_TK.data_ptr(), experts_TK._version, _capturing(experts_TK)
+        vars(experts_TK)[_NAME] = (num_experts, place, counts)
 
 
 def counts_of(experts_TK: Tensor, num_experts: int) -> Tensor | None:
@@ -62,6 +67,6 @@ def counts_of(experts_TK: Tensor, num_experts: int) -> Tensor | None:
     left = vars(experts_TK).get(_NAME)
     if left is None:
         return None
-    counted, address, version, counts = left
-    same = address == experts_TK.data_ptr() and version == experts_TK._version
+    counted, place, counts = left
+    same = place == (experts_TK.data_ptr(), experts_TK._version, _capturing(experts_TK))
     return counts if same and counted == num_experts and experts_TK.is_contiguous() else None

@@ -262,7 +262,7 @@ def _place_kernel(
         start = next_row - (tl.cumsum(counts, 0) - counts)
         row = tl.gather(start, tl.where(mask, expert, 0), 0) + local
         slot = first + key % BLOCK
-        tl.store(slot_ptr + row, slot.to(tl.int64), mask=mask & (row < S))
+        tl.store(slot_ptr + row, slot.to(tl.int64), mask=mask & (row >= 0) & (row < S))
         tl.store(row_ptr + slot, row.to(tl.int64), mask=mask)
         next_row += counts
 

@@ -73,8 +73,10 @@ def _pointwise(z, SCORE: tl.constexpr, LIBDEVICE: tl.constexpr):
     """Sigmoid, or sqrt(softplus)."""
     if SCORE == "sigmoid":
         return _sigmoid(z, LIBDEVICE)
-    soft = tl.where(z > 20.0, z, _log1p(_exp(tl.minimum(z, 20.0), LIBDEVICE), LIBDEVICE))
-    return tl.sqrt(soft)
+    # a minimum would turn NaN into 20
+    low = tl.where(z > 20.0, 20.0, z)
+    soft = tl.where(z > 20.0, z, _log1p(_exp(low, LIBDEVICE), LIBDEVICE))
+    return tl.sqrt_rn(soft)
 
 
 @triton.jit
@@ -198,7 +200,7 @@ def _shares(
         den = _round(tl.sum(s_c, 1), DTYPE, NATIVE)
         if HAS_ALWAYS:
             den = _round(den + _round(tl.sum(s_a, 1), DTYPE, NATIVE), DTYPE, NATIVE)
-        den = tl.maximum(den, eps) if CLAMP else _round(den + eps, DTYPE, NATIVE)
+        den = tl.where(den < eps, eps, den) if CLAMP else _round(den + eps, DTYPE, NATIVE)
         u_c, u_a = s_c / den[:, None], s_a / den[:, None]
     else:
         u_c, u_a = s_c, s_a
@@ -339,13 +341,16 @@ def route_kernel(
         k = tl.arange(0, BLOCK_K)[None, :]
         mask_k = (k < K) & (t < T)[:, None]
         if GIVEN:
-            chosen = tl.load(given_ptr + t[:, None] * K + k, mask=mask_k, other=0).to(tl.int32)
+            given = tl.load(given_ptr + t[:, None] * K + k, mask=mask_k, other=0)
+            # judged before an int64 is narrowed
+            chosen = tl.where((given < 0) | (given >= E), -1, given).to(tl.int32)
         else:
             if SCORE == "softmax" and not HAS_BIAS and GROUPS == 1:
                 values = z
             else:
                 if SCORE == "softmax":
-                    values = _exp(z - highest[:, None], LIBDEVICE) / total[:, None]
+                    values = _exp(z - highest[:, None], LIBDEVICE)
+                    values = tl.div_rn(values, total[:, None] + tl.zeros_like(z))
                 else:
                     values = _pointwise(z, SCORE, LIBDEVICE)
                 values = _round(values, dtype, NATIVE)
@@ -479,7 +484,8 @@ def route_backward_kernel(
     a = tl.arange(0, BLOCK_A)[None, :]
     k = tl.arange(0, BLOCK_K)[None, :]
     mask_k = (k < K) & (t < T)[:, None]
-    chosen = tl.load(experts_ptr + t[:, None] * K + k, mask=mask_k, other=0).to(tl.int32)
+    given = tl.load(experts_ptr + t[:, None] * K + k, mask=mask_k, other=0)
+    chosen = tl.where((given < 0) | (given >= E), -1, given).to(tl.int32)
     mask_c = mask_k & (chosen >= 0) & (chosen < E)
     z_c = tl.load(rows + chosen, mask=mask_c, other=0.0).to(tl.float32)
     z_c = _capped(z_c, softcap, CAP, dtype, NATIVE, LIBDEVICE)
@@ -519,8 +525,8 @@ def route_backward_kernel(
         d_c = u_c * (du_c - mean[:, None])
         d_a = u_a * (du_a - mean[:, None])
         if SCORE == "sigmoid":
-            d_c *= 1.0 - _sigmoid(z_c, LIBDEVICE)
-            d_a *= 1.0 - _sigmoid(z_a, LIBDEVICE)
+            d_c *= _sigmoid(-z_c, LIBDEVICE)
+            d_a *= _sigmoid(-z_a, LIBDEVICE)
     else:
         if NORM:
             back = (tl.sum(du_c * s_c, 1) + tl.sum(du_a * s_a, 1)) / (den * den)
