@@ -124,11 +124,9 @@ def main() -> None:
     parser.add_argument("--backends", default="triton", help="names, joined by commas")
     parser.add_argument("--bandwidth", type=float, default=3.35, help="of the memory, TB/s")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--unproven", action="store_true", help="run hopper before it is released")
     args = parser.parse_args()
-    if args.unproven:
-        gemm_hopper.UNPROVEN = None
-        gemm._select.cache_clear()
+    if gemm_hopper not in gemm.BACKENDS:
+        gemm.BACKENDS = (*gemm.BACKENDS, gemm_hopper)
     device, shape = torch.device(args.device), shape_named(args.shape)
     if args.tokens:
         shape = replace(shape, tokens=args.tokens)

@@ -10,6 +10,7 @@ shape from `SHAPES` before making a new one.
 from __future__ import annotations
 
 import gc
+import math
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -94,6 +95,23 @@ def step_of(problem: Problem, needs: Iterable[str], **options: Any) -> Callable[
         return (out.detach(), *(torch.autograd.grad(out, leaves, dout) if leaves else ()))
 
     return step
+
+
+def spoil(tensors: Iterable[Tensor]) -> None:
+    """Writes what a captured step must write again."""
+    for tensor in tensors:
+        tensor.fill_(math.nan if tensor.is_floating_point() else -7)
+
+
+def on_side_stream(step: Callable[[], Any]) -> Any:
+    """What the second of two runs gives; a capture wants them first."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        found = step()
+    torch.cuda.current_stream().wait_stream(side)
+    return found
 
 
 def device_work(step: Callable[[], Any]) -> list[str]:

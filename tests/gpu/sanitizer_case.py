@@ -14,8 +14,14 @@ import torch
 import triton
 import triton.language as tl
 from cuda_cases import BASE, DEVICE, make
+from torch import Tensor
 
 from problems import Problem, run
+from route_cases import SPECS, randn, tensors_of
+from route_cases import run as run_route
+from turnout import RouteSpec
+from turnout.ragged import counts_of, sort_by_expert
+from turnout.routing import fused
 from turnout.testing import poison_empty
 
 # Shape, dtype, options of the call.
@@ -26,6 +32,12 @@ CASES: list[tuple[str, torch.dtype, dict[str, Any]]] = [
     ("not-gated", torch.float32, {}),
     ("llama4", torch.bfloat16, {}),
 ]
+# Rule, tokens, experts: odd numbers of both, and each with counts for the sort.
+ROUTES: dict[str, tuple[RouteSpec, int, int]] = {
+    "sinks": (SPECS["sinks"], 601, 12),
+    "sigmoid, groups": (SPECS["sigmoid, groups"], 601, 12),
+    "E1000-K32": (RouteSpec(top_k=32, norm=False), 101, 1000),
+}
 
 
 @triton.jit
@@ -46,6 +58,21 @@ def with_garbage(problem: Problem) -> Problem:
     return problem.changed(experts=flat.view(problem.experts.shape))
 
 
+def route_and_sort(spec: RouteSpec, tokens: int, num_experts: int) -> dict[str, Tensor]:
+    """The router forward and backward, and its choice sorted by its counts."""
+    logits = (2 * randn(tokens, num_experts + spec.n_always)).to(DEVICE, torch.bfloat16)
+    tensors = tensors_of("bias and scales", logits, num_experts)
+    found = run_route(fused.route, logits, spec, **tensors)
+    experts = fused.route(logits, spec, **tensors).experts_TK
+    counted = counts_of(experts, num_experts)
+    assert counted is not None
+    got = sort_by_expert(experts, num_experts, counted)
+    expected = sort_by_expert(experts.clone(), num_experts)
+    assert torch.equal(got.slot_S, expected.slot_S)
+    assert torch.equal(got.offsets, expected.offsets)
+    return found
+
+
 def main() -> None:
     if sys.argv[1:] == ["--broken"]:
         x = torch.zeros(33, device=DEVICE)
@@ -58,6 +85,12 @@ def main() -> None:
         wrong = [name for name, value in got.items() if not value.isfinite().all()]
         assert not wrong, f"{shape}: {wrong} read memory that nobody wrote"
         print(shape, "done", flush=True)
+    for name, (spec, tokens, num_experts) in ROUTES.items():
+        with poison_empty():
+            got = route_and_sort(spec, tokens, num_experts)
+        wrong = [key for key, value in got.items() if not value.isfinite().all()]
+        assert not wrong, f"{name}: {wrong} read memory that nobody wrote"
+        print(name, "done", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import BASE, DEVICE, make, step_of
+from cuda_cases import BASE, DEVICE, make, on_side_stream, step_of
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -102,16 +102,6 @@ def test_a_captured_graph_replays_something_else(options: str) -> None:
     for one, other in zip(got, step(), strict=True):
         assert torch.equal(one, other)
     assert not torch.equal(got[0], expected[0])
-
-
-def on_side_stream(step: Callable[[], Any]) -> Any:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-        found = step()
-    torch.cuda.current_stream().wait_stream(side)
-    return found
 
 
 def test_another_stream_reads_too_early() -> None:

@@ -6,7 +6,6 @@ would run; `launched` says that they did not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -47,11 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def _chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(gemm_hopper, "UNPROVEN", None)
-    gemm._select.cache_clear()
-    yield
-    gemm._select.cache_clear()
+def _in_this_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "BACKENDS", (*gemm.BACKENDS, gemm_hopper))
 
 
 def make(seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Problem:

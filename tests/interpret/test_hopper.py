@@ -57,6 +57,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         launch, num_n = rows(*args)
         return partial(emulated, launch), num_n
 
+    monkeypatch.setattr(gemm, "BACKENDS", (*gemm.BACKENDS, gemm_hopper))
     monkeypatch.setattr(gemm_hopper, "rejects", lambda problem, device: None)
     monkeypatch.setattr(gemm_hopper, "device_of", lambda where: device)
     monkeypatch.setattr(gemm_hopper, "_rows_launch", rows_launch)

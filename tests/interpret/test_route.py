@@ -4,100 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
 
+from route_cases import EXPERTS, NATIVE, SPECS, check, native, randn, run, tensors_of
 from turnout import RouteSpec, route
 from turnout.routing import fused, rules
-from turnout.testing import assert_within, errors
 
 INF = math.inf
-SPECS: dict[str, RouteSpec] = {
-    "softmax": RouteSpec(top_k=3),
-    "softmax, not normalised": RouteSpec(top_k=3, norm=False),
-    "softmax, groups": RouteSpec(top_k=3, n_group=4, topk_group=2, eps=1e-20, group_fill=0.0),
-    "softmax, best of a group": RouteSpec(
-        top_k=2, n_group=3, topk_group=2, group_score="max", norm=False, scale=16.0
-    ),
-    "sigmoid": RouteSpec(top_k=4, score="sigmoid"),
-    "sigmoid, groups": RouteSpec(
-        top_k=4, score="sigmoid", n_group=4, topk_group=2, eps=1e-20, scale=2.5
-    ),
-    "sigmoid, clamped": RouteSpec(top_k=2, score="sigmoid", eps=1.25, eps_mode="clamp"),
-    "sigmoid, not normalised": RouteSpec(top_k=1, score="sigmoid", norm=False),
-    "sqrtsoftplus": RouteSpec(top_k=3, score="sqrtsoftplus", scale=1.5),
-    "softcap": RouteSpec(top_k=3, softcap=3.0, score="sigmoid", eps=0.25),
-    "softcap, softmax": RouteSpec(top_k=3, softcap=3.0, norm=False),
-    "sinks": RouteSpec(top_k=3, score="sigmoid", n_always=2),
-    "sinks, softmax": RouteSpec(top_k=3, n_always=1, eps=1e-3),
-    "sinks, not normalised": RouteSpec(top_k=2, n_always=1, norm=False),
-    "all": RouteSpec(top_k=12, score="sigmoid"),
-}
-EXPERTS = 12
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def run(function: Any, logits: Tensor, spec: RouteSpec, **tensors: Tensor) -> dict[str, Tensor]:
-    """Choice, weights, and the gradients of a random sum of the weights."""
-    leaves = {"logits": logits.detach().clone().requires_grad_()}
-    for name in ("expert_scale_E", "scale"):
-        if name in tensors:
-            leaves[name] = tensors[name].detach().clone().requires_grad_()
-    rest = {n: t for n, t in tensors.items() if n not in leaves}
-    options = {n: t for n, t in leaves.items() if n != "logits"}
-    out = function(leaves["logits"], spec, **options, **rest)
-    found = {"experts": out.experts_TK, "weights": out.weights_TK.detach()}
-    loss = (out.weights_TK * randn(*out.weights_TK.shape, seed=7).to(out.weights_TK)).sum()
-    if spec.n_always:
-        found["always"] = out.always_TA.detach()
-        loss = loss + (out.always_TA * randn(*out.always_TA.shape, seed=8).to(loss)).sum()
-    grads = torch.autograd.grad(loss, list(leaves.values()))
-    return found | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-
-
-def tensors_of(spec: RouteSpec, which: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    found = {}
-    if "bias" in which:
-        found["bias_E"] = randn(EXPERTS, seed=1, dtype=dtype)
-    if "scales" in which:
-        found["expert_scale_E"] = randn(EXPERTS, seed=2, dtype=dtype)
-        found["scale"] = randn(1, seed=3, dtype=dtype)
-    return found
-
-
-def double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
-
-
-def check(logits: Tensor, spec: RouteSpec, **tensors: Tensor) -> None:
-    """Equal choice, and values by law 2; the worst maximum of four yardsticks counts."""
-    got = run(fused.route, logits, spec, **tensors)
-    assert torch.equal(got["experts"], rules.route(logits, spec, **tensors).experts_TK)
-    yardsticks = []
-    for seed in range(4):
-        other = logits if not seed else 2 * randn(*logits.shape, seed=100 + seed)
-        eager = run(rules.route, other, spec, **tensors)
-        given = {**double(tensors), "experts_TK": eager["experts"]}
-        yardsticks.append((eager, run(rules.route, other.double(), spec, **given)))
-    eager, exact = yardsticks[0]
-    for name, value in got.items():
-        assert value.dtype == eager[name].dtype, name
-        if name == "experts":
-            continue
-        if value.numel() == 1:  # one number has no typical error
-            torch.testing.assert_close(value, exact[name].to(value), rtol=1e-5, atol=1e-6)
-            continue
-        found = [errors(one[name], true[name]) for one, true in yardsticks]
-        allowed = max(worst for worst, _ in found), found[0][1]
-        assert_within(name, value, exact[name], allowed)
 
 
 @pytest.mark.parametrize("which", ["plain", "bias", "bias and scales"])
@@ -105,7 +21,7 @@ def check(logits: Tensor, spec: RouteSpec, **tensors: Tensor) -> None:
 def test_the_fused_router_is_another_rule(name: str, which: str) -> None:
     spec = SPECS[name]
     logits = 2 * randn(150, EXPERTS + spec.n_always)
-    check(logits, spec, **tensors_of(spec, which, torch.float32))
+    check(logits, spec, **tensors_of(which, logits))
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid, groups", "sinks", "softcap"])
@@ -175,17 +91,13 @@ def test_what_the_kernel_lacks_is_not_said() -> None:
     assert "32" in str(fused.rejects(randn(2, 64), RouteSpec(top_k=33)))
 
 
-NATIVE = ["softmax", "softmax, not normalised", "softmax, groups", "sigmoid", "sigmoid, groups"]
-
-
 @pytest.mark.parametrize("which", ["plain", "bias"])
 @pytest.mark.parametrize("name", NATIVE)
 def test_a_rule_in_the_logits_dtype_ties_otherwise(name: str, which: str) -> None:
     """float16 scores tie often: every rounding of the rule decides who is chosen."""
-    spec = replace(SPECS[name], score_dtype="logits", weights_dtype="logits")
-    spec = replace(spec, eps=0.0 if spec.eps < 1e-6 else spec.eps)  # 1e-20 is 0 in float16
+    spec = native(name)
     logits = (2 * randn(300, EXPERTS)).half()
-    tensors = tensors_of(spec, which, torch.float16)
+    tensors = tensors_of(which, logits)
     got, rule = fused.route(logits, spec, **tensors), rules.route(logits, spec, **tensors)
     differ = (got.experts_TK != rule.experts_TK).any(1)
     assert differ.float().mean() <= 0.01, "one bit of exp may move a score across a rounding"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -14,7 +15,7 @@ import turnout
 from problems import random_problem
 from turnout import RouteSpec, expert_mlp
 from turnout.launch import recording
-from turnout.ragged import counts, counts_of, sort_by_expert
+from turnout.ragged import counts, counts_of, kernels, sort_by_expert
 from turnout.ragged.kernels import launch_sort
 from turnout.routing import fused
 
@@ -25,7 +26,21 @@ def logits_of(tokens: int, experts: int, seed: int = 0) -> Tensor:
     return torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
 
 
+def forget_launches() -> None:
+    """They are remembered by sizes alone, with the number of blocks that there was then."""
+    fused._forward_launch.cache_clear()
+    kernels._place_launch.cache_clear()
+
+
+@pytest.fixture
+def fresh_launches() -> Iterator[None]:
+    forget_launches()
+    yield
+    forget_launches()
+
+
 # At most `blocks` blocks: the programs of the router then work in several steps.
+@pytest.mark.usefixtures("fresh_launches")
 @pytest.mark.parametrize(
     ("blocks", "tokens", "experts", "tile_rows", "spec"),
     [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -72,7 +72,7 @@ class Record:
         self.path = path
         self.rows: list[Row] = []
         self.dense = 0.0
-        self._before = [] if path is None else _lines_before(path)
+        self._before = [] if path is None else lines_before(path, COLUMNS)
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -87,16 +87,8 @@ class Record:
         self._write()
 
     def _write(self) -> None:
-        if self.path is None or not self.rows:
-            return
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if not self._before:
-            writer.writerow(COLUMNS)
-        writer.writerows(_cells(row) for row in self.rows)
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(self._before) + text.getvalue(), encoding="utf-8")
-        temporary.replace(self.path)
+        if self.path is not None and self.rows:
+            write(self.path, self._before, COLUMNS, (_cells(row) for row in self.rows))
 
 
 def read(path: Path) -> list[Row]:
@@ -105,7 +97,7 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: it has other columns, or a number is none.
     """
-    lines = _lines_before(path)
+    lines = lines_before(path, COLUMNS)
     return [_row(cells) for cells in csv.DictReader(lines)]
 
 
@@ -123,7 +115,12 @@ def slug(device: str) -> str:
     return "-".join(words) or "unknown"
 
 
-def _lines_before(path: Path) -> list[str]:
+def lines_before(path: Path, columns: Sequence[str]) -> list[str]:
+    """What is in a CSV to append to, each line with its end; nothing if it is not there yet.
+
+    Raises:
+        ValueError: it has other columns, or its folder does not exist.
+    """
     if not path.parent.is_dir():
         raise ValueError(
             f"the CSV is {path}; expected a file in a folder that exists. Create {path.parent} "
@@ -132,7 +129,7 @@ def _lines_before(path: Path) -> list[str]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    expected = ",".join(COLUMNS)
+    expected = ",".join(columns)
     if lines and lines[0].strip() != expected:
         raise ValueError(
             f"{path} starts with {lines[0].strip()!r}; expected the columns {expected}. "
@@ -141,6 +138,20 @@ def _lines_before(path: Path) -> list[str]:
     if lines and not lines[-1].endswith("\n"):
         lines[-1] += "\n"
     return lines
+
+
+def write(
+    path: Path, before: Sequence[str], columns: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """Puts `before`, what `lines_before` found, and the rows into the file, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if not before:
+        writer.writerow(columns)
+    writer.writerows(rows)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(before) + text.getvalue(), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _cells(row: Row) -> list[str]:

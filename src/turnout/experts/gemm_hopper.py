@@ -1,8 +1,9 @@
 """Grouped GEMM for Hopper: TMA, wgmma, a producer and two consumers per multiprocessor.
 
-The wide products run here; the narrow ones of adapters, which are bound by memory, and whatever a
-copy by TMA can not read (`_why_portable`, `_why_portable_gram`) run in the portable kernels, to the
-same numbers. The device code is in `hopper_kernels.py` and `hopper_gram.py`.
+Not in `gemm.BACKENDS` yet: compiled and emulated in the tests, never run on a GPU. The wide
+products run here; the narrow ones of adapters, which are bound by memory, and whatever a copy by
+TMA can not read (`_why_portable`, `_why_portable_gram`) run in the portable kernels, to the same
+numbers. The device code is in `hopper_kernels.py` and `hopper_gram.py`.
 
 Legend: S rows, T tokens, E experts, N output width, K contraction, R LoRA rank.
 """
@@ -24,8 +25,6 @@ from turnout.ragged import Ragged, num_tiles
 from turnout.specs import Activation, GemmProblem
 
 NAME = "hopper"
-# None once tests/gpu has passed on a Hopper GPU.
-UNPROVEN: str | None = "is compiled in the tests, but has not run on a GPU yet"
 
 adapter_intermediate = gemm_triton.adapter_intermediate
 factors = gemm_triton.factors
@@ -41,7 +40,7 @@ def rejects(problem: GemmProblem, device: Device) -> str | None:
         return "needs sm_90" if device.arch is None else f"needs sm_90, this is sm_{device.arch}"
     if problem.dtype not in ("float16", "bfloat16"):
         return f"takes float16 and bfloat16, not {problem.dtype}"
-    return UNPROVEN
+    return None
 
 
 def _why_portable(
