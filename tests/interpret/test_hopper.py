@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -107,6 +108,18 @@ def test_rows_of_other_experts_are_read(launches: list[str]) -> None:
     with poison_empty():
         check(skewed, backend="hopper")
     assert launches.count("gram_kernel") == 2, launches
+
+
+@pytest.mark.parametrize("rank", [16, 48])
+def test_a_neighbours_adapter_is_read(rank: int, launches: list[str]) -> None:
+    """NaN in the adapter of one expert stays there, where adapters of all lie side by side."""
+    problem = make(rank_up=rank, rank_down=rank, transposed=True, activation=GPT_OSS)
+    problem["b_up"][..., 1] = math.nan
+    problem["a_down"][1] = math.nan
+    away = problem.changed(experts=torch.where(problem.experts == 1, 0, problem.experts))
+    got = run(away, ("x",), backend="hopper")
+    assert all(value.isfinite().all() for value in got.values() if value is not None)
+    assert launches
 
 
 def test_a_stage_that_is_handed_back_too_early_goes_unnoticed(

@@ -71,6 +71,8 @@ def _why_portable(
         return "gate and up columns of one tile are not contiguous"
     if tail is not None and not _dense_tail(tail.b_ENR, problem.weight_k_major):
         return "the adapter does not lie as the weight does"
+    if not problem.weight_k_major and problem.rank not in (0, 16, 32) and problem.rank % DEPTH:
+        return "the tail's stage would reach into the next expert's adapter"
     return None
 
 
