@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "even": {"hidden": 256, "intermediate": 256},
     "column tiles that no width divides": {},
     "no adapters": {"rank_up": 0, "rank_down": 0},
-    "ranks of several steps": {"rank_up": 80, "rank_down": 33},
+    "ranks of several steps": {"rank_up": 128, "rank_down": 33},
     "gpt-oss": {"activation": GPT_OSS, "transposed": True, "bias": True},
     "transposed, side by side": {"transposed": True},
     "not gated": {"activation": Activation(act="relu2", gated=False), "bias": True},

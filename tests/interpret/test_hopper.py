@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "several column tiles": {"hidden": 320, "intermediate": 192, "tokens": 80},
     "no adapters": {"rank_up": 0, "rank_down": 0},
-    "ranks of several steps": {"rank_up": 80, "rank_down": 33},
+    "ranks of several steps": {"rank_up": 128, "rank_down": 33},
     "gpt-oss": {"activation": GPT_OSS, "transposed": True, "bias": True, "intermediate": 192},
     "not gated": {"activation": Activation(act="relu2", gated=False), "bias": True},
     "clamped after": {"activation": Activation(limit=0.5, limit_after=True)},
