@@ -12,7 +12,8 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -70,6 +71,16 @@ def model_problem(model: str, tokens: int, **other: Any) -> Problem:
     ranks = {"rank_up": 16, "rank_down": 16}
     options = {"dtype": torch.bfloat16, **LORA, **ranks, **MODELS[model], **other}
     return random_problem(tokens=tokens, device=DEVICE, **options)
+
+
+@contextmanager
+def waits_are_errors() -> Iterator[None]:
+    """Inside, waiting for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def zipf(problem: Problem, exponent: float = 1.2, seed: int = 0) -> Problem:

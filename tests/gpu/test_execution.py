@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import BASE, DEVICE, make, on_side_stream, step_of
+from cuda_cases import BASE, DEVICE, make, on_side_stream, step_of, waits_are_errors
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -61,11 +61,8 @@ def test_forward_or_backward_waits_for_the_device(shape: str, options: str, need
     step = step_of(problem, names, **OPTIONS[options])
     step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.unpoisoned
@@ -74,11 +71,8 @@ def test_autocast_waits_for_the_device() -> None:
     step = under_autocast(step_of(problem, problem.trained_by_lora))
     step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("options", ["plain", "recompute"])

@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import DEVICE, DTYPES, MEMORY, device_work, on_side_stream, requested, spoil
+from cuda_cases import (
+    DEVICE,
+    DTYPES,
+    MEMORY,
+    device_work,
+    on_side_stream,
+    requested,
+    spoil,
+    waits_are_errors,
+)
 from torch import Tensor
 
 import turnout
@@ -360,11 +369,8 @@ def test_the_router_waits_for_the_device(name: str) -> None:
 
     step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", ["qwen3-30b", "deepseek-v3"])

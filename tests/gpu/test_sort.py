@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_cases import DEVICE, device_work
+from cuda_cases import DEVICE, device_work, waits_are_errors
 from torch import Tensor
 
 from turnout.ragged import Ragged, sort_by_expert
@@ -102,11 +102,8 @@ def test_the_callers_indices_are_changed() -> None:
 def test_the_sort_waits_for_the_device() -> None:
     experts = indices(5000, 8, 128)
     sort_by_expert(experts, 128)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         sort_by_expert(experts, 128)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.unpoisoned

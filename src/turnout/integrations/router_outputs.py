@@ -2,7 +2,7 @@
 
 A router's forward makes logits, routes them, and packs a tuple that its block takes apart. The
 first two are `RouteSpec` and `Rule`; this file is the third. Read in transformers 5.16.1, 5.17 and
-5.23, and checked again against the live module when it is swapped (`router_forward.agrees`).
+5.23, and checked again against the live module when it is swapped (`router_swap.agreed_parts`).
 
 Legend: T tokens, K experts per token, E experts, A always-on experts. The parts of a tuple:
 

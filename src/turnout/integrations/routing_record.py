@@ -20,7 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from turnout.integrations import checkpoints
-from turnout.integrations.router_forward import METHOD, STATE, RouterState, restore, swap
+from turnout.integrations.router_forward import (
+    METHOD,
+    STATE,
+    RouterState,
+    is_swapped,
+    restore,
+    swap,
+)
 from turnout.integrations.router_places import Place, places
 from turnout.integrations.router_swap import make_state
 from turnout.specs import RouteSpec, Unsupported
@@ -277,7 +284,7 @@ def _play(place: Place, module: Any, player: _Player) -> Any:
     if state is not None and state.player is not None:
         raise ValueError("replay_routing inside replay_routing; expected one. Leave the first one")
     reason = _reason(place)
-    swapped = state is not None and not state.own
+    swapped = is_swapped(module)
     if not reason and not swapped:
         state = make_state(place, module)
         reason = state.own
