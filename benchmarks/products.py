@@ -26,7 +26,7 @@ from turnout.bench.providers import Options, provider_named
 from turnout.bench.run import dense_tflops
 from turnout.bench.work import GRADIENTS, make_weights, make_work
 from turnout.device import device_of
-from turnout.experts import gemm, gemm_hopper, passes
+from turnout.experts import passes
 from turnout.measure import seconds
 from turnout.shapes import shape_named
 
@@ -125,8 +125,6 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=3.35, help="of the memory, TB/s")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
-    if gemm_hopper not in gemm.BACKENDS:
-        gemm.BACKENDS = (*gemm.BACKENDS, gemm_hopper)
     device, shape = torch.device(args.device), shape_named(args.shape)
     if args.tokens:
         shape = replace(shape, tokens=args.tokens)

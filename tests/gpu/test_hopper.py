@@ -16,7 +16,6 @@ from cuda_cases import DEVICE, MODELS, model_problem, zipf
 from problems import GPT_OSS, Problem, assert_same, check, random_problem, run
 from turnout import Activation
 from turnout.device import device_of
-from turnout.experts import gemm, gemm_hopper
 from turnout.launch import recording
 
 pytestmark = pytest.mark.skipif(
@@ -45,11 +44,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _in_this_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "BACKENDS", (*gemm.BACKENDS, gemm_hopper))
-
-
 def make(seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Problem:
     options = BASE | {"dtype": dtype, "lora_dtype": torch.float32} | changes
     return random_problem(seed=seed, device=DEVICE, **options)
@@ -57,12 +51,12 @@ def make(seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> 
 
 def launched(problem: Problem, **options: Any) -> list[str]:
     """Modules and names of the kernels of a forward and a backward pass."""
-    names: list[str] = []
+    names: list[str] = []  # listeners hear their own thread, so backward has to run in it
 
     def heard(launch: Any, tensors: Any) -> None:
         names.append(f"{launch.kernel.__module__}.{launch.kernel.__name__}")
 
-    with recording(heard):
+    with recording(heard), torch.autograd.set_multithreading_enabled(False):
         run(problem, backend="hopper", **options)
     return names
 

@@ -132,6 +132,9 @@ class Shared:
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.tensor.permute(tuple(order)))
 
+    def load(self, layout: Any) -> Tensor:
+        return self.tensor.clone()
+
 
 @dataclass
 class Barriers:
@@ -236,7 +239,14 @@ GL = types.SimpleNamespace(
     allocate_shared_memory=_allocate,
     warp_specialize=_together,
 )
+_ASSEMBLY = {
+    "ex2.approx.ftz.f32 $0, $1;": torch.exp2,
+    "rcp.approx.ftz.f32 $0, $1;": torch.reciprocal,
+}
+
 TL = types.SimpleNamespace(
+    float32=torch.float32,
+    inline_asm_elementwise=lambda text, constraints, args, **_: _ASSEMBLY[text](*args),
     constexpr=lambda value: value,
     PropagateNan=types.SimpleNamespace(ALL=None),
     maximum=lambda a, b, propagate_nan=None: torch.clamp(a, min=b),
@@ -247,6 +257,7 @@ TL = types.SimpleNamespace(
     where=lambda mask, a, b: torch.where(mask, a, b),
 )
 STAND_INS = {
+    "interpreting": lambda: False,
     "range": _range,
     "gl": GL,
     "tl": TL,

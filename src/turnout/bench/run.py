@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,7 +179,11 @@ def _backends(ours: bool) -> Iterator[set[str]]:
     A step that launches nothing of ours ran in plain PyTorch.
     """
     names: set[str] = set()
-    with recording(lambda launch, tensors: names.add("triton")):
+
+    def heard(launch: Any, tensors: object) -> None:
+        names.add("hopper" if "hopper" in launch.kernel.__module__ else "triton")
+
+    with recording(heard):
         yield names
     if ours and not names:
         names.add("torch")

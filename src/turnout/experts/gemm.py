@@ -24,15 +24,14 @@ import torch
 from torch import Tensor
 
 from turnout.device import Device, device_of
-from turnout.experts import gemm_torch, gemm_triton
+from turnout.experts import gemm_hopper, gemm_torch, gemm_triton
 from turnout.experts.operands import Activate, ActivateBackward, Factors, Operand, RowsOut, Tail
 from turnout.experts.weights import Lora
 from turnout.launch import interpreting
 from turnout.ragged import Ragged
 from turnout.specs import Activation, GemmProblem, Unsupported
 
-# gemm_hopper joins when tests/gpu has passed on a Hopper GPU.
-BACKENDS: tuple[ModuleType, ...] = (gemm_triton, gemm_torch)
+BACKENDS: tuple[ModuleType, ...] = (gemm_hopper, gemm_triton, gemm_torch)
 
 
 def backend_named(name: str) -> ModuleType:

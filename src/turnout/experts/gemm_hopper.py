@@ -1,9 +1,8 @@
 """Grouped GEMM for Hopper: TMA, wgmma, a producer and two consumers per multiprocessor.
 
-Not in `gemm.BACKENDS` yet: compiled and emulated in the tests, never run on a GPU. The wide
-products run here; the narrow ones of adapters, which are bound by memory, and whatever a copy by
-TMA can not read (`_why_portable`, `_why_portable_gram`) run in the portable kernels, to the same
-numbers. The device code is in `hopper_kernels.py` and `hopper_gram.py`.
+The wide products run here; the narrow ones of adapters, which are bound by memory, and whatever a
+copy by TMA can not read (`_why_portable`, `_why_portable_gram`) run in the portable kernels. The
+device code is in `hopper_kernels.py` and `hopper_gram.py`.
 
 Legend: S rows, T tokens, E experts, N output width, K contraction, R LoRA rank.
 """
@@ -118,6 +117,9 @@ def _rows_launch(
     if rank:
         maps[4] = TensorMap((problem.rows, rank), (rank, 1), rows_box)
         maps[5] = weights(rank, n if rule.n_major else rank)
+    if rule.z_boxes:
+        wide = 2 * n if rule.gated else n
+        maps[6] = TensorMap((problem.rows, wide), (wide, 1), rows_box)
     tiles = num_tiles(problem.rows, experts, rule.block_m)
     numbers = (n, k, rank, half, row_stride, width, num_n, tiles)
     grid = (min(device_of(device).num_sms, tiles * num_n), 1, 1)
@@ -136,14 +138,16 @@ def launch_rows(
     scale: float,
 ) -> RowsOut:
     """`turnout.experts.gemm.grouped_gemm` on Hopper."""
-    rows, by_token = gemm_triton.rows_of(a, ragged, dtype)
-    a = replace(a, rows=rows)
-    if not ragged.num_rows or _why_portable(problem, a, w_ENK, ragged, tail) is not None:
+    read = a
+    if a.weight_TK is None:
+        rows, by_token = gemm_triton.rows_of(a, ragged, dtype)
+        read = replace(a, rows=rows, by_token=by_token)
+    if not ragged.num_rows or _why_portable(problem, read, w_ENK, ragged, tail) is not None:
         return gemm_triton.launch_rows(
-            problem, a, w_ENK, ragged, dtype, bias_EN, tail, epilogue, scale
+            problem, read, w_ENK, ragged, dtype, bias_EN, tail, epilogue, scale
         )
-    assert by_token == problem.gathered
     assert scale == 1.0
+    rows = read.rows
     backward = epilogue if isinstance(epilogue, ActivateBackward) else None
     keep_z = isinstance(epilogue, Activate) and epilogue.keep_z
     keep_h = backward is not None and backward.keep_h

@@ -24,7 +24,7 @@ class RowsRule(NamedTuple):
         paired: a column tile is half gate, half up columns.
         n_major: N is the contiguous dim of the weights.
         even_n: column tiles end where the columns do.
-        cooperative: both consumers share a tile.
+        z_boxes: stages of a tile that the backward epilogue reads z from, DEPTH columns each.
         block_m, block_n, block_k, stages, group: tile sizes; row tiles that run together.
     """
 
@@ -46,7 +46,7 @@ class RowsRule(NamedTuple):
     paired: bool
     n_major: bool
     even_n: bool
-    cooperative: bool
+    z_boxes: int
     block_m: int
     block_n: int
     block_k: int
@@ -81,13 +81,13 @@ def rows_rule(
     weighted: bool,
     keep_z: bool,
     keep_h: bool,
-    cooperative: bool = True,
 ) -> RowsRule:
-    """The rule of a problem. Cooperating tiles are 128 x 256, others 128 x 128."""
+    """The rule of a problem."""
     a = problem.activation or Activation()
     paired = problem.epilogue == "activate" and a.gated and not a.interleaved
-    block_n = 256 if cooperative else 128
-    columns = problem.n // 2 * 2 if paired else problem.n
+    backward = problem.epilogue == "activate_backward"
+    block_n = 256
+    many = problem.rows >= 12 * ROWS * problem.experts
     return RowsRule(
         epilogue=problem.epilogue or "none",
         gather=problem.gathered,
@@ -106,25 +106,27 @@ def rows_rule(
         interleaved=a.interleaved,
         paired=paired,
         n_major=not problem.weight_k_major,
-        even_n=columns % block_n == 0,
-        cooperative=cooperative,
+        even_n=problem.n % block_n == 0,
+        z_boxes=block_n // DEPTH * (2 if a.gated else 1) if backward else 0,
         block_m=ROWS,
         block_n=block_n,
         block_k=DEPTH,
-        stages=4 if cooperative else 6,
-        group=16 if problem.rows >= 12 * ROWS * problem.experts else 4,
+        stages=4,
+        # the rows of a group stay in L2 while all column tiles pass
+        group=16 if many and problem.k <= 8192 else 4,
     )
 
 
 def gram_rule(n: int, k: int, top_k: int, gather_a: bool) -> GramRule:
-    """The rule of a product of width n x k."""
+    """The rule of a product of width n x k; the operand that is gathered is the narrow one."""
+    block_n, block_k = (128, 256) if gather_a else (256, 128)
     return GramRule(
         gather_a=gather_a,
         top_k=top_k,
-        even_n=n % 128 == 0,
-        even_k=k % 256 == 0,
+        even_n=n % block_n == 0,
+        even_k=k % block_k == 0,
         block_m=DEPTH,
-        block_n=128,
-        block_k=256,
+        block_n=block_n,
+        block_k=block_k,
         stages=4,
     )

@@ -118,8 +118,7 @@ def _consume(WHO: gl.constexpr, pointers, ring, sizes, RULE: gl.constexpr):
         last = gl.load(offsets_ptr + expert + 1)
         steps = gl.cdiv(last - first, RULE.block_m)
         acc = gl.zeros([rows, block_k], gl.float32, layout=mma)
-        acc = multiply(acc, position, steps, ring, from_row, rows, 0, True, False, stages)
-        position += steps
+        acc, position = multiply(acc, position, steps, ring, from_row, rows, 0, True, False, stages)
         n0 = (tile // num_k) % num_n * RULE.block_n + from_row
         n64 = (n0 + gl.arange(0, rows, layout=gl.SliceLayout(1, stored))).to(gl.int64)
         column = tile % num_k * block_k + gl.arange(0, half, layout=gl.SliceLayout(0, stored))

@@ -2,10 +2,11 @@
 
 One block per multiprocessor, of three parts that run side by side: a producer fills a ring of tiles
 in shared memory (TMA; rows that are gathered by cp.async), two consumers of one warpgroup each
-multiply them (wgmma) and run the epilogue. Cooperating, both share a tile of 128 rows, and the ring
-refills while they store. Otherwise each has a tile of its own, and one multiplies while the other
-stores. A stage of the ring is handed over by two barriers: `full` counts the bytes of TMA and the
-threads whose cp.async have landed, `empty` the consumers that are done with it.
+multiply them (wgmma), 64 of the 128 rows of a tile each, and run the epilogue while the ring
+refills. A stage of the ring is handed over by two barriers: `full` counts the bytes of TMA and the
+threads whose cp.async have landed, `empty` the consumers that are done with it. What the backward
+epilogue reads of z comes through the same ring, behind the stages of the products, so that it has
+arrived when they are done.
 
 What differs between problems is one constexpr, a `hopper_config.RowsRule`.
 
@@ -28,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from turnout.experts.triton_math import act, act_slope, glu, glu_backward
+from turnout.experts.triton_math import act, act_and_slope, glu, glu_backward
 
 BYTES = gl.constexpr(2)  # of an element: float16 or bfloat16
 PRODUCER_THREADS = gl.constexpr(128)
@@ -48,6 +49,15 @@ def halves(x):
     rows: gl.constexpr = x.shape[0]
     width: gl.constexpr = x.shape[1] // 2
     return gl.split(gl.permute(gl.reshape(x, [rows, 2, width]), [0, 2, 1]))
+
+
+@gluon.jit
+def _half(x, WHICH: gl.constexpr):
+    left, right = halves(x)
+    if WHICH == 0:
+        return left
+    else:
+        return right
 
 
 @gluon.jit
@@ -93,6 +103,8 @@ def multiply(
 ):
     """acc + the products of `steps` stages from `position`, and of LAST columns of one more.
 
+    Also returns the position behind them.
+
     A is ROWS from FROM of its tile, which lies as (M, K), or as (K, M) with A_BY_COLUMN; B lies as
     (K, N), or as (N, K) with B_BY_COLUMN. Stages are handed back as they are read.
     """
@@ -111,7 +123,7 @@ def multiply(
         position += 1
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(empty.index((position + STAGES - 1) % STAGES), pred=position > begin)
-    return acc
+    return acc, position
 
 
 @gluon.jit
@@ -137,14 +149,15 @@ def _copy_weights(w_map, expert, n0, k0, width_k, HALF, bar, smem, RULE: gl.cons
 
 
 @gluon.jit
-def _produce(a, w_map, xa_map, b_map, pointers, ring, sizes, RULE: gl.constexpr):
+def _produce(a, w_map, xa_map, b_map, z_map, pointers, ring, sizes, RULE: gl.constexpr):
     _, _, _, _, _, _, slot_ptr, tiles_ptr, offsets_ptr = pointers
     a_smem, b_smem, full, empty = ring
     N, K, R, HALF, stride_am, _, num_n, num_tiles = sizes
     block_k: gl.constexpr = RULE.block_k
     stages: gl.constexpr = RULE.stages
     b_bytes: gl.constexpr = RULE.block_n * block_k * BYTES
-    bytes: gl.constexpr = RULE.block_m * block_k * BYTES + b_bytes
+    a_bytes: gl.constexpr = RULE.block_m * block_k * BYTES
+    bytes: gl.constexpr = a_bytes + b_bytes
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     block_m: gl.constexpr = RULE.block_m
     m = gl.arange(0, block_m, layout=gl.SliceLayout(1, layout))
@@ -180,9 +193,9 @@ def _produce(a, w_map, xa_map, b_map, pointers, ring, sizes, RULE: gl.constexpr)
                     tma.async_copy_global_to_shared(a, [first, k0], bar, a_smem.index(stage))
                 _copy_weights(w_map, expert, n0, k0, K, HALF, bar, b_smem.index(stage), RULE)
                 position += 1
+            if RULE.gather:
+                fence_async_shared()  # TMA now writes stages that cp.async wrote
             if RULE.tail > 0:
-                if RULE.gather:
-                    fence_async_shared()  # TMA now writes stages that cp.async wrote
                 for step in range(gl.cdiv(R, block_k)):
                     stage = wait_empty(empty, position, stages)
                     bar = full.index(stage)
@@ -193,6 +206,22 @@ def _produce(a, w_map, xa_map, b_map, pointers, ring, sizes, RULE: gl.constexpr)
                     tma.async_copy_global_to_shared(xa_map, [first, k0], bar, a_smem.index(stage))
                     _copy_weights(b_map, expert, n0, k0, R, HALF, bar, b_smem.index(stage), RULE)
                     position += 1
+            if RULE.epilogue == "activate_backward":
+                f0 = pid_n * RULE.block_n
+                for box in range(RULE.z_boxes):
+                    stage = wait_empty(empty, position, stages)
+                    bar = full.index(stage)
+                    mbarrier.expect(bar, a_bytes)
+                    if RULE.gather:
+                        async_copy.mbarrier_arrive(bar, increment_count=False)
+                    if not RULE.gated:
+                        g0 = f0 + box * block_k
+                    elif RULE.interleaved:
+                        g0 = 2 * f0 + box * block_k
+                    else:
+                        g0 = f0 + box // 2 * block_k + box % 2 * N
+                    tma.async_copy_global_to_shared(z_map, [first, g0], bar, a_smem.index(stage))
+                    position += 1
 
 
 @gluon.jit
@@ -201,6 +230,17 @@ def _pairs(x):
     rows: gl.constexpr = x.shape[0]
     width: gl.constexpr = x.shape[1] // 2
     return gl.split(gl.reshape(x, [rows, width, 2]))
+
+
+@gluon.constexpr_function
+def _doubled(layout):
+    """The layout of gate and up columns side by side."""
+    return gl.BlockedLayout(
+        [layout.size_per_thread[0], 2 * layout.size_per_thread[1]],
+        layout.threads_per_warp,
+        layout.warps_per_cta,
+        layout.order,
+    )
 
 
 @gluon.jit
@@ -223,11 +263,34 @@ def _store(ptr, value, row64, mask_m, first, width, N, EVEN: gl.constexpr, LAYOU
 
 
 @gluon.jit
-def _store_backward(
-    d, first, row64, mask_m, weight, pointers, N, RULE: gl.constexpr, LAYOUT: gl.constexpr
+def _take(
+    ring,
+    position,
+    FROM: gl.constexpr,
+    ROWS: gl.constexpr,
+    RULE: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):
-    """Stores dz and h of these columns from d, the gradient of h; returns the row sums of d * h."""
-    out_ptr, _, z_ptr, h_ptr, _, _, _, _, _ = pointers
+    """ROWS from FROM of what a stage holds where A lies; hands the stage back."""
+    a_smem, _, full, empty = ring
+    stages: gl.constexpr = RULE.stages
+    stage = position % stages
+    mbarrier.wait(full.index(stage), (position // stages) & 1)
+    value = a_smem.index(stage).slice(FROM, ROWS).load(LAYOUT)
+    mbarrier.arrive(empty.index(stage))
+    return value
+
+
+@gluon.jit
+def _store_backward(
+    d, z, up, first, row64, mask_m, weight, pointers, N, RULE: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Stores dz and h of these columns from d, the gradient of h; returns the row sums of d * h.
+
+    z is the gate and `up` the rest of the input, or z is all of it when they are interleaved or
+    there is no gate.
+    """
+    out_ptr, _, _, h_ptr, _, _, _, _, _ = pointers
     cols: gl.constexpr = d.shape[1]
     even: gl.constexpr = RULE.even_n
     ACT: gl.constexpr = RULE.act
@@ -237,31 +300,25 @@ def _store_backward(
     at = row64[:, None] * N + column
     if RULE.gated:
         if RULE.interleaved:
-            # gate and up lie side by side: one wide load or store, split in registers
-            wide: gl.constexpr = gl.BlockedLayout(
-                [LAYOUT.size_per_thread[0], 2 * LAYOUT.size_per_thread[1]],
-                LAYOUT.threads_per_warp,
-                LAYOUT.warps_per_cta,
-                LAYOUT.order,
-            )
+            # gate and up lie side by side: one wide store, split in registers
+            wide: gl.constexpr = _doubled(LAYOUT)
             by_row: gl.constexpr = gl.SliceLayout(1, wide)
             inside = gl.convert_layout(mask_m, by_row)
             both_cols: gl.constexpr = 2 * cols
             both, mask_z = _columns(2 * first, 2 * N, inside, both_cols, even, wide)
             z_at = gl.convert_layout(row64, by_row)[:, None] * (2 * N) + both
-            gate, up = _pairs(gl.load(z_ptr + z_at, mask=mask_z, other=0.0))
-            gate, up = gl.convert_layout(gate, LAYOUT), gl.convert_layout(up, LAYOUT)
+            gate, up = _pairs(z)
         else:
             z_at = row64[:, None] * (2 * N) + column
-            gate = gl.load(z_ptr + z_at, mask=mask, other=0.0)
-            up = gl.load(z_ptr + z_at + N, mask=mask, other=0.0)
+            gate = z
         LIMIT: gl.constexpr = RULE.limit
         AFTER: gl.constexpr = RULE.after
         UP_OFFSET: gl.constexpr = RULE.up_offset
-        gate, up = gate.to(gl.float32), up.to(gl.float32)
-        h, dgate, dup = glu_backward(gate, up, d, ACT, ALPHA, LIMIT, AFTER, UP_OFFSET)
-        dgate = (dgate * weight).to(out_ptr.dtype.element_ty)
-        dup = (dup * weight).to(out_ptr.dtype.element_ty)
+        gate = gl.convert_layout(gate, LAYOUT).to(gl.float32)
+        up = gl.convert_layout(up, LAYOUT).to(gl.float32)
+        dw = d * weight
+        h, dgate, dup = glu_backward(gate, up, dw, ACT, ALPHA, LIMIT, AFTER, UP_OFFSET, False)
+        dgate, dup = dgate.to(out_ptr.dtype.element_ty), dup.to(out_ptr.dtype.element_ty)
         if RULE.interleaved:
             dz = gl.reshape(gl.join(dgate, dup), [d.shape[0], 2 * cols])
             gl.store(out_ptr + z_at, gl.convert_layout(dz, wide), mask=mask_z)
@@ -269,9 +326,9 @@ def _store_backward(
             gl.store(out_ptr + z_at, dgate, mask=mask)
             gl.store(out_ptr + z_at + N, dup, mask=mask)
     else:
-        z = gl.load(z_ptr + at, mask=mask, other=0.0).to(gl.float32)
-        h = act(z, ACT, ALPHA)
-        dz = d * act_slope(z, ACT, ALPHA) * weight
+        z = gl.convert_layout(z, LAYOUT).to(gl.float32)
+        h, slope = act_and_slope(z, ACT, ALPHA, False)
+        dz = d * weight * slope
         gl.store(out_ptr + at, dz.to(out_ptr.dtype.element_ty), mask=mask)
     if RULE.keep_h:
         gl.store(h_ptr + at, (h * weight).to(h_ptr.dtype.element_ty), mask=mask)
@@ -295,8 +352,20 @@ def _add_bias(acc, bias_ptr, expert, pid_n, N, HALF, RULE: gl.constexpr, LAYOUT:
 
 
 @gluon.jit
-def _finish(acc, row64, mask_m, pid_n, pointers, sizes, RULE: gl.constexpr, LAYOUT: gl.constexpr):
-    """The epilogue: what the sums become, and where they are stored."""
+def _finish(
+    acc,
+    row64,
+    mask_m,
+    pid_n,
+    pointers,
+    ring,
+    position,
+    sizes,
+    FROM: gl.constexpr,
+    RULE: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """The epilogue: what the sums become, and where they are stored; `position` is behind them."""
     out_ptr, _, z_ptr, _, dot_ptr, weight_ptr, slot_ptr, _, _ = pointers
     N, _, _, HALF, _, stride_om, num_n, _ = sizes
     half: gl.constexpr = RULE.block_n // 2
@@ -318,7 +387,7 @@ def _finish(acc, row64, mask_m, pid_n, pointers, sizes, RULE: gl.constexpr, LAYO
             LIMIT: gl.constexpr = RULE.limit
             AFTER: gl.constexpr = RULE.after
             UP_OFFSET: gl.constexpr = RULE.up_offset
-            h = glu(gate, up, ACT, ALPHA, LIMIT, AFTER, UP_OFFSET)
+            h = glu(gate, up, ACT, ALPHA, LIMIT, AFTER, UP_OFFSET, False)
             _store(out_ptr, h, row64, mask_m, f0, stride_om, HALF, even, LAYOUT)
             if RULE.keep_z:
                 if RULE.interleaved:
@@ -329,7 +398,7 @@ def _finish(acc, row64, mask_m, pid_n, pointers, sizes, RULE: gl.constexpr, LAYO
                     _store(z_ptr, gate, row64, mask_m, f0, N, HALF, even, LAYOUT)
                     _store(z_ptr, up, row64, mask_m, HALF + f0, N, N, even, LAYOUT)
         else:
-            h = act(acc, ACT, ALPHA)
+            h = act(acc, ACT, ALPHA, False)
             _store(out_ptr, h, row64, mask_m, n0, stride_om, N, even, LAYOUT)
             if RULE.keep_z:
                 _store(z_ptr, acc, row64, mask_m, n0, N, N, even, LAYOUT)
@@ -342,29 +411,37 @@ def _finish(acc, row64, mask_m, pid_n, pointers, sizes, RULE: gl.constexpr, LAYO
             weight = gl.load(weight_ptr + slot, mask=mask_m, other=0.0).to(gl.float32)
         weight = weight[:, None]
         dot = gl.zeros([rows], gl.float32, layout=by_row)
-        # 32 columns at a time, so that z, h and dz of all are not live at once
-        cuts: gl.constexpr = RULE.block_n // 128
-        left, right = halves(acc)
-        for side in gl.static_range(2):
-            one, two = halves(left if side == 0 else right)
-            for quarter in gl.static_range(2):
-                d = one if quarter == 0 else two
-                if cuts == 2:
-                    d_left, d_right = halves(d)
-                for cut in gl.static_range(cuts):
-                    if cuts == 2:
-                        d = d_left if cut == 0 else d_right
-                    dot += _store_backward(
-                        d,
-                        n0 + ((side * 2 + quarter) * cuts + cut) * 32,
-                        row64,
-                        mask_m,
-                        weight,
-                        pointers,
-                        N,
-                        RULE,
-                        LAYOUT,
-                    )
+        taken: gl.constexpr = _doubled(LAYOUT) if RULE.gated and RULE.interleaved else LAYOUT
+        # as many columns at a time as z comes in; 32 of them, so that not all is live at once
+        for piece in gl.static_range(RULE.block_n // 64):
+            d = _half(_half(acc, piece // 2), piece % 2)
+            z = _take(ring, position, FROM, rows, RULE, taken)
+            position += 1
+            if RULE.gated:
+                up = _take(ring, position, FROM, rows, RULE, taken)
+                position += 1
+            else:
+                up = z
+            for side in gl.static_range(2):
+                if RULE.gated and RULE.interleaved:
+                    z_cut = z if side == 0 else up  # the two boxes lie one behind the other
+                    up_cut = z_cut
+                else:
+                    z_cut = _half(z, side)
+                    up_cut = _half(up, side)
+                dot += _store_backward(
+                    _half(d, side),
+                    z_cut,
+                    up_cut,
+                    n0 + piece * 64 + side * 32,
+                    row64,
+                    mask_m,
+                    weight,
+                    pointers,
+                    N,
+                    RULE,
+                    LAYOUT,
+                )
         gl.store(dot_ptr + row64 * num_n + pid_n, dot, mask=mask_m)
 
 
@@ -372,8 +449,8 @@ def _finish(acc, row64, mask_m, pid_n, pointers, sizes, RULE: gl.constexpr, LAYO
 def _consume(WHO: gl.constexpr, pointers, ring, sizes, RULE: gl.constexpr):
     _, bias_ptr, _, _, _, _, _, tiles_ptr, offsets_ptr = pointers
     N, K, R, HALF, _, _, num_n, num_tiles = sizes
-    rows: gl.constexpr = RULE.block_m // 2 if RULE.cooperative else RULE.block_m
-    from_row: gl.constexpr = WHO * rows if RULE.cooperative else 0
+    rows: gl.constexpr = RULE.block_m // 2
+    from_row: gl.constexpr = WHO * rows
     block_n: gl.constexpr = RULE.block_n
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, block_n, 16])
     by_column: gl.constexpr = not RULE.n_major
@@ -387,27 +464,35 @@ def _consume(WHO: gl.constexpr, pointers, ring, sizes, RULE: gl.constexpr):
     steps = gl.cdiv(K, RULE.block_k)
     if RULE.tail == RULE.block_k:
         steps += gl.cdiv(R, RULE.block_k)
-    stages_of_tile = steps + (1 if last_k > 0 else 0)
-    seen = 0
+    stages_of_tile = steps + (1 if last_k > 0 else 0) + RULE.z_boxes
+    begin = 0
     for index in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
         tile, pid_n = _place(index, num_tiles, num_n, RULE)
         expert = gl.load(tiles_ptr + tile)
-        mine = expert >= 0
-        if not RULE.cooperative:
-            mine = mine & (seen % 2 == WHO)
-        if mine:
+        if expert >= 0:
             first = gl.load(tiles_ptr + num_tiles + tile)
             last = gl.load(offsets_ptr + expert + 1)
             acc = gl.zeros([rows, block_n], gl.float32, layout=mma)
-            position = seen * stages_of_tile
-            acc = multiply(
-                acc, position, steps, ring, from_row, rows, last_k, False, by_column, stages
+            acc, position = multiply(
+                acc, begin, steps, ring, from_row, rows, last_k, False, by_column, stages
             )
             if RULE.bias:
                 acc = _add_bias(acc, bias_ptr, expert, pid_n, N, HALF, RULE, mma)
             row = first + from_row + gl.arange(0, rows, layout=gl.SliceLayout(1, stored))
-            _finish(acc, row.to(gl.int64), row < last, pid_n, pointers, sizes, RULE, stored)
-        seen += (expert >= 0).to(gl.int32)
+            _finish(
+                acc,
+                row.to(gl.int64),
+                row < last,
+                pid_n,
+                pointers,
+                ring,
+                position,
+                sizes,
+                from_row,
+                RULE,
+                stored,
+            )
+            begin += stages_of_tile
 
 
 @gluon.jit(do_not_specialize=["num_tiles"])
@@ -418,7 +503,7 @@ def rows_kernel(
     bias_ptr,
     xa_map,
     b_map,
-    z_ptr,
+    z,
     h_ptr,
     dot_ptr,
     weight_ptr,
@@ -440,7 +525,8 @@ def rows_kernel(
     Grid: one program per multiprocessor, which take the tiles in turn. Assumes: rows of one tile
     belong to one expert; `a` is a map of (S, K), or a pointer to (T, K) when rows are gathered,
     with K a multiple of block_k; weights are maps of (E * N, K), or of (E * K, N) when N is the
-    contiguous dim, with K a multiple of block_k; xa carries the scaling.
+    contiguous dim, with K a multiple of block_k; xa carries the scaling; z is a pointer where it is
+    written and a map where it is read.
     Cost: 2 S N (K + R) FLOPs, R rounded up to block_k; S K + E N K + S N elements, each once if L2
     holds an expert.
     """
@@ -457,13 +543,13 @@ def rows_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(stages):
         mbarrier.init(full.index(stage), count=1 + (PRODUCER_THREADS if RULE.gather else 0))
-        mbarrier.init(empty.index(stage), count=2 if RULE.cooperative else 1)
+        mbarrier.init(empty.index(stage), count=2)
     ring = (a_smem, b_smem, full, empty)
     sizes = (N, K, R, HALF, stride_am, stride_om, num_n, num_tiles)
     pointers = (
         out_ptr,
         bias_ptr,
-        z_ptr,
+        z,
         h_ptr,
         dot_ptr,
         weight_ptr,
@@ -475,7 +561,7 @@ def rows_kernel(
         [
             (_consume, (0, pointers, ring, sizes, RULE)),
             (_consume, (1, pointers, ring, sizes, RULE)),
-            (_produce, (a, w_map, xa_map, b_map, pointers, ring, sizes, RULE)),
+            (_produce, (a, w_map, xa_map, b_map, z, pointers, ring, sizes, RULE)),
         ],
         [4, 4],
         [232, 40],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from turnout.experts.triton_math import act, act_slope, dropout_factor, glu, glu_backward
+from turnout.experts.triton_math import act, act_and_slope, dropout_factor, glu, glu_backward
 
 
 @triton.jit
@@ -192,9 +192,10 @@ def rows_kernel(
         place = row64[:, None] * stride_om + column.to(tl.int64)[None, :]
         tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=mask)
     elif EPILOGUE == "activate":
+        EXACT: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
         if GATED:
             gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
-            h = glu(gate, up, ACT, ALPHA, LIMIT, AFTER, UP_OFFSET)
+            h = glu(gate, up, ACT, ALPHA, LIMIT, AFTER, UP_OFFSET, EXACT)
             f = pid_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
             mask_f = mask_m[:, None] & (f < HALF)[None, :]
             place = row64[:, None] * stride_om + f.to(tl.int64)[None, :]
@@ -209,7 +210,8 @@ def rows_kernel(
                     tl.store(z_ptr + at + HALF, up.to(z_ptr.dtype.element_ty), mask=mask_f)
         else:
             place = row64[:, None] * stride_om + column.to(tl.int64)[None, :]
-            tl.store(out_ptr + place, act(acc, ACT, ALPHA).to(out_ptr.dtype.element_ty), mask=mask)
+            h = act(acc, ACT, ALPHA, EXACT).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + place, h, mask=mask)
             if KEEP_Z:
                 tl.store(z_ptr + place, acc.to(z_ptr.dtype.element_ty), mask=mask)
     else:
@@ -284,6 +286,7 @@ def _store_backward(
     WIDTH: tl.constexpr,
 ):
     """Stores dz and h of these columns from d, the gradient of h; returns the row sums of d * h."""
+    EXACT: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     column = first + tl.arange(0, WIDTH)
     mask = mask_m[:, None] & (column < N)[None, :]
     at = row64[:, None] * N + column[None, :]
@@ -299,8 +302,8 @@ def _store_backward(
             z_at = row64[:, None] * (2 * N) + column[None, :]
             gate = tl.load(z_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
             up = tl.load(z_ptr + z_at + N, mask=mask, other=0.0).to(tl.float32)
-        h, dgate, dup = glu_backward(gate, up, d, ACT, ALPHA, LIMIT, AFTER, UP_OFFSET)
-        dgate, dup = dgate * weight, dup * weight
+        dw = d * weight
+        h, dgate, dup = glu_backward(gate, up, dw, ACT, ALPHA, LIMIT, AFTER, UP_OFFSET, EXACT)
         if INTERLEAVED:
             dz = tl.reshape(tl.join(dgate, dup), [BLOCK_M, 2 * WIDTH])
             tl.store(out_ptr + z_at, dz.to(out_ptr.dtype.element_ty), mask=mask_z)
@@ -309,8 +312,8 @@ def _store_backward(
             tl.store(out_ptr + z_at + N, dup.to(out_ptr.dtype.element_ty), mask=mask)
     else:
         z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        h = act(z, ACT, ALPHA)
-        dz = d * act_slope(z, ACT, ALPHA) * weight
+        h, slope = act_and_slope(z, ACT, ALPHA, EXACT)
+        dz = d * weight * slope
         tl.store(out_ptr + at, dz.to(out_ptr.dtype.element_ty), mask=mask)
     if KEEP_H:
         tl.store(h_ptr + at, (h * weight).to(h_ptr.dtype.element_ty), mask=mask)

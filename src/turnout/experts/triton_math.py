@@ -1,7 +1,9 @@
 """Activations, their derivatives and the dropout mask as jit functions, for every Triton kernel.
 
 The formulas are those of `turnout.specs.Activation`; `epilogues.py` is the same in PyTorch. All are
-float32 in and out. Constants are constexprs: ACT, ALPHA, LIMIT (-1 is none), AFTER, UP_OFFSET.
+float32 in and out. Constants are constexprs: ACT, ALPHA, LIMIT (-1 is none), AFTER, UP_OFFSET;
+EXACT says that results stay float32. Where they are rounded to 16 bits, the hardware's exponential
+and reciprocal (2^-21 relative) are used as they are.
 """
 
 # mypy: ignore-errors
@@ -10,6 +12,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from turnout.launch import interpreting
+
+INTERPRETED = tl.constexpr(interpreting())  # no hardware
 
 
 @triton.jit
@@ -30,11 +36,29 @@ def _relu(x):
 
 
 @triton.jit
-def _exp(x):
-    """e^x for x in -100..80 (clamped) to about 1 ulp: the hardware has 2^t alone, so the rounding
-    of t = x * log2(e) is made up for."""
-    x = _clamp(x, -100.0, 80.0)
+def _exp2(x):
+    """2^x as the hardware has it."""
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x as the hardware has it."""
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _exp(x, EXACT: tl.constexpr):
+    """e^x; EXACT: for x in -100..80 (clamped) to about 1 ulp: the hardware has 2^t alone, so the
+    rounding of t = x * log2(e) is made up for."""
     log2e: tl.constexpr = 1.4426950408889634
+    if not (EXACT or INTERPRETED):
+        return _exp2(x * log2e)
+    x = _clamp(x, -100.0, 80.0)
     log2e_low: tl.constexpr = 1.925963033500e-08
     t = x * log2e
     rest = tl.fma(x, log2e, -t) + x * log2e_low
@@ -43,24 +67,26 @@ def _exp(x):
 
 
 @triton.jit
-def _sigmoid(x):
-    """1 / (1 + e^-x), the quotient refined by one Newton step."""
-    below = 1.0 + _exp(-x)
+def _sigmoid(x, EXACT: tl.constexpr):
+    """1 / (1 + e^-x); EXACT: the quotient refined by one Newton step."""
+    below = 1.0 + _exp(-x, EXACT)
+    if not (EXACT or INTERPRETED):
+        return _reciprocal(below)
     inverse = 1.0 / below
     refined = tl.fma(inverse, tl.fma(-below, inverse, 1.0), inverse)
     return tl.where(x < -80.0, 0.0, refined)  # where e^-x was clamped
 
 
 @triton.jit
-def act(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
+def act(x, ACT: tl.constexpr, ALPHA: tl.constexpr, EXACT: tl.constexpr):
     """a(x)."""
     if ACT == "silu":
-        return x * _sigmoid(ALPHA * x)
+        return x * _sigmoid(ALPHA * x, EXACT)
     elif ACT == "gelu":
         return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
     elif ACT == "gelu_tanh":
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        return x * _sigmoid(2.0 * inner)
+        return x * _sigmoid(2.0 * inner, EXACT)
     elif ACT == "relu":
         return _relu(x)
     elif ACT == "relu2":
@@ -71,25 +97,28 @@ def act(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def act_slope(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
-    """a'(x)."""
+def act_and_slope(x, ACT: tl.constexpr, ALPHA: tl.constexpr, EXACT: tl.constexpr):
+    """(a(x), a'(x))."""
     if ACT == "silu":
-        s = _sigmoid(ALPHA * x)
-        return s * (1.0 + ALPHA * x * (1.0 - s))
+        s = _sigmoid(ALPHA * x, EXACT)
+        a = x * s
+        return a, s + ALPHA * a * (1.0 - s)
     elif ACT == "gelu":
         cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
-        return cdf + x * _exp(-0.5 * x * x) * 0.3989422804014327
+        return x * cdf, cdf + x * _exp(-0.5 * x * x, EXACT) * 0.3989422804014327
     elif ACT == "gelu_tanh":
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        s = _sigmoid(2.0 * inner)
+        s = _sigmoid(2.0 * inner, EXACT)
         slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
-        return s + x * 2.0 * s * (1.0 - s) * slope
+        a = x * s
+        return a, s + a * 2.0 * (1.0 - s) * slope
     elif ACT == "relu":
-        return tl.where(x > 0, 1.0, 0.0)
+        return _relu(x), tl.where(x > 0, 1.0, 0.0)
     elif ACT == "relu2":
-        return 2.0 * _relu(x)
+        positive = _relu(x)
+        return positive * positive, 2.0 * positive
     else:
-        return x * 0.0 + 1.0
+        return x, x * 0.0 + 1.0
 
 
 @triton.jit
@@ -101,14 +130,15 @@ def glu(
     LIMIT: tl.constexpr,
     AFTER: tl.constexpr,
     UP_OFFSET: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """h of the gated form."""
     if LIMIT >= 0:
         up = _clamp(up, -LIMIT, LIMIT)
         if AFTER:
-            return _below(act(gate, ACT, ALPHA), LIMIT) * (up + UP_OFFSET)
+            return _below(act(gate, ACT, ALPHA, EXACT), LIMIT) * (up + UP_OFFSET)
         gate = _below(gate, LIMIT)
-    return act(gate, ACT, ALPHA) * (up + UP_OFFSET)
+    return act(gate, ACT, ALPHA, EXACT) * (up + UP_OFFSET)
 
 
 @triton.jit
@@ -121,23 +151,23 @@ def glu_backward(
     LIMIT: tl.constexpr,
     AFTER: tl.constexpr,
     UP_OFFSET: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """(h, dgate, dup) from the gradient d of h."""
     if LIMIT >= 0:
         inside = (up >= -LIMIT) & (up <= LIMIT)
         passed = _clamp(up, -LIMIT, LIMIT) + UP_OFFSET
         if AFTER:
-            raw = act(gate, ACT, ALPHA)
+            raw, slope = act_and_slope(gate, ACT, ALPHA, EXACT)
             gated = _below(raw, LIMIT)
-            slope = tl.where(raw <= LIMIT, act_slope(gate, ACT, ALPHA), 0.0)
+            slope = tl.where(raw <= LIMIT, slope, 0.0)
         else:
-            inner = _below(gate, LIMIT)
-            gated = act(inner, ACT, ALPHA)
-            slope = tl.where(gate <= LIMIT, act_slope(inner, ACT, ALPHA), 0.0)
+            gated, slope = act_and_slope(_below(gate, LIMIT), ACT, ALPHA, EXACT)
+            slope = tl.where(gate <= LIMIT, slope, 0.0)
         return gated * passed, d * passed * slope, tl.where(inside, d * gated, 0.0)
     passed = up + UP_OFFSET
-    gated = act(gate, ACT, ALPHA)
-    return gated * passed, d * passed * act_slope(gate, ACT, ALPHA), d * gated
+    gated, slope = act_and_slope(gate, ACT, ALPHA, EXACT)
+    return gated * passed, d * passed * slope, d * gated
 
 
 @triton.jit
