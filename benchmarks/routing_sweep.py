@@ -1,7 +1,8 @@
 """The router's kernels and the sort's with other tiles, warps and blocks: which are fast?
 
-Nothing is changed by it. The numbers are constants of the package: `TILE_ELEMENTS` and `BLOCKS` in
-`turnout.ragged.counts`, the warps in `turnout.routing.fused` and `turnout.ragged.kernels`.
+Nothing is changed by it. The numbers are constants of the package: `TILE` and `BLOCKS` in
+`turnout.ragged.counts`, `STEP` and the backward's in `turnout.routing.config`, `PLACE_WARPS` in
+`turnout.ragged.kernels`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
@@ -24,14 +24,17 @@ from triton.runtime.errors import TritonError
 from turnout.launch import Launch, recording
 from turnout.measure import seconds
 from turnout.ragged import counts, kernels
-from turnout.routing import fused
+from turnout.routing import config, fused
 
-TILES = (1024, 2048, 4096, 8192)
-WARPS = (2, 4, 8)
-BLOCKS = (264, 512, 1024)
+TILES = (32, 64, 128, 256)
+STEPS = (8, 16, 32, 64)
+BLOCKS = (132, 264, 528)
 PLACE_WARPS = (4, 8)
+ELEMENTS = (1024, 2048, 4096, 8192)
+BACKWARD_WARPS = (2, 4, 8)
 MOST_PER_WARP = 2048  # elements; twice of it take 4 KiB of local memory per thread and 17 s
 WORKERS = 12  # processes that compile
+NAMES = ("route_kernel", "_place_kernel", "route_backward_kernel")
 Launched = tuple[Launch, tuple[Tensor | None, ...]]
 
 
@@ -39,16 +42,19 @@ Launched = tuple[Launch, tuple[Tensor | None, ...]]
 class Tuning:
     """What the host code launches with; the package's own by default."""
 
-    tile: int = counts.TILE_ELEMENTS
-    warps: int = 4
+    tile: int = counts.TILE
+    step: int = config.STEP
     blocks: int = counts.BLOCKS
-    place_warps: int = 8
+    place_warps: int = kernels.PLACE_WARPS
+    elements: int = config.BACKWARD_ELEMENTS
+    backward_warps: int = config.BACKWARD_WARPS
 
 
 def _forget() -> None:
     for remembered in (
-        fused._constants,
-        fused._forward_launch,
+        config.forward_rule,
+        config.backward_rule,
+        fused._plan,
         fused._backward_launch,
         kernels._place_launch,
     ):
@@ -58,17 +64,13 @@ def _forget() -> None:
 @contextmanager
 def tuned(tuning: Tuning) -> Iterator[None]:
     """Within it, route and sort run with this tuning."""
-
-    def launch_with(warps: int) -> Any:
-        return lambda kernel, grid, numbers, constants, _: Launch(
-            kernel, grid, numbers, constants, warps
-        )
-
     with (
-        patch.object(counts, "TILE_ELEMENTS", tuning.tile),
+        patch.object(counts, "TILE", tuning.tile),
+        patch.object(config, "STEP", tuning.step),
         patch.object(counts, "BLOCKS", tuning.blocks),
-        patch.object(fused, "Launch", launch_with(tuning.warps)),
-        patch.object(kernels, "Launch", launch_with(tuning.place_warps)),
+        patch.object(kernels, "PLACE_WARPS", tuning.place_warps),
+        patch.object(config, "BACKWARD_ELEMENTS", tuning.elements),
+        patch.object(config, "BACKWARD_WARPS", tuning.backward_warps),
     ):
         _forget()
         try:
@@ -82,6 +84,7 @@ def launched(step: Step, tuning: Tuning) -> dict[str, Launched]:
     found: dict[str, Launched] = {}
     with (
         tuned(tuning),
+        torch.autograd.set_multithreading_enabled(False),  # heard are those of this thread
         recording(
             lambda launch, tensors: found.update({launch.kernel.__name__: (launch, tensors)})
         ),
@@ -120,7 +123,7 @@ def compile_all(wanted: Iterable[tuple[Shape, Tuning]], tokens: int, device: tor
     spawn = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(min(WORKERS, len(jobs)), mp_context=spawn) as pool:
-            # the largest tiles, which take longest, come last in `tunings`
+            # those that take longest come last in `tunings`
             running = {pool.submit(compile_one, *job): job for job in reversed(jobs)}
             for future, job in running.items():
                 if error := future.exception():
@@ -130,35 +133,30 @@ def compile_all(wanted: Iterable[tuple[Shape, Tuning]], tokens: int, device: tor
 
 
 def tunings() -> list[Tuning]:
-    """All that `sweep` compiles for."""
-    pairs = itertools.product(TILES, WARPS)
-    routes = [Tuning(tile, warps) for tile, warps in pairs if tile <= MOST_PER_WARP * warps]
-    return [*(Tuning(place_warps=w) for w in PLACE_WARPS if w != Tuning.place_warps), *routes]
+    """All that `sweep` compiles for, the slowest to compile last."""
+    pairs = itertools.product(ELEMENTS, BACKWARD_WARPS)
+    found = [
+        *(Tuning(place_warps=warps) for warps in PLACE_WARPS),
+        *(Tuning(tile=tile) for tile in TILES),
+        *(Tuning(step=step) for step in STEPS),
+        *(Tuning(elements=e, backward_warps=w) for e, w in pairs if e <= MOST_PER_WARP * w),
+    ]
+    return [one for one in dict.fromkeys(found) if one != Tuning()]
 
 
 def sweep(shapes: Sequence[Shape], tokens: int, device: torch.device, repeats: int) -> None:
-    """Prints two tables for each shape: the router's kernels, then the sort behind the fastest."""
+    """Prints for each shape what every kernel takes when one number is another."""
     for shape in shapes:
         step = Step(make_work(shape, tokens, device), OURS, "fwd+bwd")
-        names = ("route_kernel", "route_backward_kernel")
         print(f"\n{shape.name} T={tokens}, microseconds; the package has {Tuning()}")
-        print(f"{'tile':>6s} {'warps':>6s} {'route':>9s} {'backward':>9s}")
-        times: dict[Tuning, list[float]] = {}
-        for tuning in sorted(tunings(), key=lambda one: (one.tile, one.warps)):
-            if tuning.place_warps != Tuning.place_warps:
-                continue
+        print(f"{'route':>9s} {'place':>9s} {'backward':>9s}")
+        blocks = [Tuning(blocks=blocks) for blocks in BLOCKS if blocks != Tuning.blocks]
+        for tuning in (Tuning(), *blocks, *tunings()):
+            changed = {n: v for n, v in vars(tuning).items() if v != getattr(Tuning, n)}
             try:
-                times[tuning] = microseconds(step, tuning, names, repeats)
+                times = microseconds(step, tuning, NAMES, repeats)
             except TritonError as error:
-                print(f"{tuning.tile:6d} {tuning.warps:6d} failed: {error}", flush=True)
+                print(f"{changed} failed: {error}", flush=True)
                 continue
-            cells = " ".join(f"{one:9.1f}" for one in times[tuning])
-            print(f"{tuning.tile:6d} {tuning.warps:6d} {cells}", flush=True)
-        best = min(times, key=lambda tuning: times[tuning][0])
-        print(f"{'tile':>6s} {'blocks':>6s} {'warps':>6s} {'route':>9s} {'place':>9s}")
-        bases = dict.fromkeys((Tuning(), best))
-        for base, blocks, warps in itertools.product(bases, BLOCKS, PLACE_WARPS):
-            tuning = replace(base, blocks=blocks, place_warps=warps)
-            found = microseconds(step, tuning, ("route_kernel", "_place_kernel"), repeats)
-            cells = " ".join(f"{one:9.1f}" for one in found)
-            print(f"{tuning.tile:6d} {blocks:6d} {warps:6d} {cells}", flush=True)
+            cells = " ".join(f"{one:9.1f}" for one in times)
+            print(f"{cells}  {changed or ''}", flush=True)

@@ -28,7 +28,7 @@ def logits_of(tokens: int, experts: int, seed: int = 0) -> Tensor:
 
 def forget_launches() -> None:
     """They are remembered by sizes alone, with the number of blocks that there was then."""
-    fused._forward_launch.cache_clear()
+    fused._plan.cache_clear()
     kernels._place_launch.cache_clear()
 
 

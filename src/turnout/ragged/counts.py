@@ -3,7 +3,8 @@
 A block is a run of tokens that one program of the router counted; row b of the counts says how many
 slots of block b went to each expert. They travel on the tensor of experts that was counted
 (`attach`), and are believed (`counts_of`) only while that very tensor is unchanged. There are at
-most `BLOCKS` of them, whatever T is, because every program that sorts reads them all.
+most `BLOCKS` of them, whatever T is, because every program that sorts reads them all: as many as
+make two programs for each multiprocessor of a large GPU.
 
 Legend: T tokens, K experts per token, E experts.
 """
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from turnout.launch import power_of_2
 
-BLOCKS = 512
-TILE_ELEMENTS = 4096  # of the logits that a program of the router holds at a time
+BLOCKS = 264
+TILE = 128  # tokens that a program of the router works on at a time: one for each thread
 SORTED_AT_ONCE = 1024  # slots that take one launch to sort anyway
 
 _NAME = "_turnout_counts"
@@ -27,20 +28,14 @@ def buckets(num_experts: int) -> int:
     return max(16, power_of_2(num_experts))
 
 
-def tile_tokens(num_experts: int) -> int:
-    """Tokens that a program of the router works on at a time, a power of two."""
-    return max(1, min(64, TILE_ELEMENTS // buckets(num_experts)))
-
-
-def block_tokens(tokens: int, num_experts: int) -> int:
+def block_tokens(tokens: int) -> int:
     """Tokens of one block."""
-    tile = tile_tokens(num_experts)
-    return tile * max(1, -(-tokens // (tile * BLOCKS)))
+    return TILE * max(1, -(-tokens // (TILE * BLOCKS)))
 
 
 def shape(tokens: int, num_experts: int) -> tuple[int, int]:
     """Of the counts, which are int32."""
-    return -(-tokens // block_tokens(tokens, num_experts)), buckets(num_experts)
+    return -(-tokens // block_tokens(tokens)), buckets(num_experts)
 
 
 def pays(tokens: int, top_k: int) -> bool:

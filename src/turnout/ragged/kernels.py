@@ -33,6 +33,7 @@ from turnout.ragged.rows import num_tiles
 BLOCK = counts.SORTED_AT_ONCE
 _SCAN_ELEMENTS = 8192
 _TILE_ELEMENTS = 8192
+PLACE_WARPS = 8
 
 
 @triton.jit
@@ -231,14 +232,16 @@ def _place_kernel(
     program = tl.program_id(0)
     first_block = program * own_blocks
     buckets = tl.arange(0, BUCKETS)
-    total = tl.zeros([BUCKETS], tl.int32)
-    before = tl.zeros([BUCKETS], tl.int32)
+    # added up over the rows behind the loop: inside it, threads would wait for each other
+    total_rows = tl.zeros([ROWS, BUCKETS], tl.int32)
+    before_rows = tl.zeros([ROWS, BUCKETS], tl.int32)
     for first in range(0, blocks, ROWS):
         block = first + tl.arange(0, ROWS)[:, None]
         place = block * BUCKETS + buckets[None, :]
         counts = tl.load(counts_ptr + place, mask=block < blocks, other=0)
-        total += tl.sum(counts, 0)
-        before += tl.sum(tl.where(block < first_block, counts, 0), 0)
+        total_rows += counts
+        before_rows += tl.where(block < first_block, counts, 0)
+    total, before = tl.sum(total_rows, 0), tl.sum(before_rows, 0)
     ends = tl.cumsum(total, 0)
     begins = ends - total
     if program >= programs:
@@ -292,13 +295,13 @@ def _launches(rows: int, num_experts: int, tile_rows: int) -> tuple[int, tuple[L
 def _place_launch(tokens: int, top_k: int, num_experts: int, tile_rows: int) -> Launch:
     rows = tokens * top_k
     blocks, buckets = counts.shape(tokens, num_experts)
-    slots = counts.block_tokens(tokens, num_experts) * top_k
+    slots = counts.block_tokens(tokens) * top_k
     own = max(1, BLOCK // slots)
     programs = triton.cdiv(blocks, own)
     tiles = num_tiles(rows, num_experts, tile_rows)
     tile_block = max(1, min(32, _TILE_ELEMENTS // buckets))
     constants = {
-        "ROWS": max(1, min(32, _SCAN_ELEMENTS // buckets)),
+        "ROWS": max(1, min(64, _SCAN_ELEMENTS // buckets)),
         "TILE_ROWS": tile_rows,
         "TILE_BLOCK": tile_block,
         "BLOCK": BLOCK,
@@ -306,7 +309,7 @@ def _place_launch(tokens: int, top_k: int, num_experts: int, tile_rows: int) -> 
     }
     grid = (programs + triton.cdiv(tiles, tile_block), 1, 1)
     numbers = (num_experts, rows, blocks, own, own * slots, programs, tiles)
-    return Launch(_place_kernel, grid, numbers, constants, 8)
+    return Launch(_place_kernel, grid, numbers, constants, PLACE_WARPS)
 
 
 def launch_sort(
@@ -318,12 +321,11 @@ def launch_sort(
     """
     if not experts_TK.is_contiguous():
         experts_TK = experts_TK.contiguous()
-    rows, device = experts_TK.numel(), experts_TK.device
-    slot_S = torch.empty(rows, dtype=torch.int64, device=device)
-    row_TK = torch.empty(experts_TK.shape, dtype=torch.int64, device=device)
-    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    tiles = num_tiles(rows, num_experts, tile_rows)
-    table = torch.empty(2, tiles, dtype=torch.int32, device=device)
+    rows, new_empty = experts_TK.numel(), experts_TK.new_empty
+    slot_S = new_empty(rows, dtype=torch.int64)
+    row_TK = new_empty(experts_TK.shape, dtype=torch.int64)
+    offsets = new_empty(num_experts + 1, dtype=torch.int32)
+    table = new_empty((2, num_tiles(rows, num_experts, tile_rows)), dtype=torch.int32)
     if counted is not None:
         place = _place_launch(*experts_TK.shape, num_experts, tile_rows)
         place(experts_TK, counted, slot_S, row_TK, offsets, table)
@@ -334,7 +336,7 @@ def launch_sort(
         return slot_S, row_TK, offsets, table
     count, scan, scatter = launches
     buckets = scan.constants["BUCKETS"]
-    made = torch.empty(2, blocks, buckets, dtype=torch.int32, device=device)
+    made = new_empty((2, blocks, buckets), dtype=torch.int32)
     count(experts_TK, made)
     scan(offsets, made)
     scatter(experts_TK, made, slot_S, row_TK, offsets, table)

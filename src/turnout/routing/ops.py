@@ -90,27 +90,15 @@ def _check(
             f"top_k={spec.top_k} experts can not be chosen from {size * spec.topk_group} "
             f"({spec.topk_group} of {spec.n_group} groups of {size}); check logits_TE and the spec"
         )
-    for name, tensor in (("bias_E", bias), ("expert_scale_E", expert_scale)):
-        if tensor is not None and tensor.shape != (num_experts,):
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; expected ({num_experts},), one per expert"
-            )
-    if scale is not None and scale.numel() != 1:
-        raise ValueError(f"scale has shape {tuple(scale.shape)}; expected one element")
-    for name, tensor in (
-        ("bias_E", bias),
-        ("expert_scale_E", expert_scale),
-        ("scale", scale),
-        ("experts_TK", experts),
-    ):
-        if tensor is None:
-            continue
-        if tensor.device != logits.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}; expected {logits.device} as the logits"
-            )
-        if tensor is not experts and not tensor.is_floating_point():
-            raise ValueError(f"{name} has dtype {tensor.dtype}; expected a float dtype")
+    tensors = {
+        "bias_E": bias,
+        "expert_scale_E": expert_scale,
+        "scale": scale,
+        "experts_TK": experts,
+    }
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _check_tensor(name, tensor, logits.device, num_experts)
     if experts is not None:
         _check_given(experts, logits.shape[0], num_experts, spec)
     if reads_values(logits) and torch.is_anomaly_enabled() and logits.isnan().any():
@@ -119,6 +107,19 @@ def _check(
             f"logits_TE has NaN in {len(rows)} of {logits.shape[0]} rows, first in row "
             f"{int(rows[0])}; expected numbers. Look for what made them in the layers before"
         )
+
+
+def _check_tensor(name: str, tensor: Tensor, device: torch.device, num_experts: int) -> None:
+    if name.endswith("_E") and tensor.shape != (num_experts,):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; expected ({num_experts},), one per expert"
+        )
+    if name == "scale" and tensor.numel() != 1:
+        raise ValueError(f"scale has shape {tuple(tensor.shape)}; expected one element")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; expected {device} as the logits")
+    if name != "experts_TK" and not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected a float dtype")
 
 
 def _check_given(experts: Tensor, tokens: int, num_experts: int, spec: RouteSpec) -> None:
