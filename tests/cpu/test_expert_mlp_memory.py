@@ -6,6 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import turnout
 from problems import GPT_OSS, LORA_LEAVES, assert_same, output_gradient, random_problem, run
+from turnout.experts import ops
 
 LAYOUTS = {
     "plain": {},
@@ -186,3 +187,52 @@ def test_the_meter_sees_a_copy_of_a_stack(how):
         "gradient": lambda: run(problem, ("down",)),
     }[how]
     assert largest_allocation(work) >= smaller_stack(problem) / 2
+
+
+def kept_z(problem, needs, **options):
+    """The output, and z as autograd keeps it."""
+    found = []
+    rows, wide = problem.experts.numel(), problem["b_up"].shape[0]
+
+    def pack(tensor):
+        if tensor.shape == (rows, wide):
+            found.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = problem.call(**options)
+    (z,) = found
+    return out, z
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("retain", [False, True])
+def test_the_largest_intermediate_outlives_its_last_reader(layout, retain, monkeypatch):
+    """Full fine-tuning: z goes when dz is there, unless the graph is asked for again."""
+    monkeypatch.setattr(ops, "RELEASED_BYTES", 1)
+    problem = random_problem(tokens=64, **LAYOUTS[layout])
+    needs = tuple(problem.leaves)
+    expected = run(problem, needs)
+    fresh = problem.mapped(torch.Tensor.detach)
+    for name in needs:
+        fresh[name].requires_grad_()
+    out, z = kept_z(fresh, needs)
+    leaves = [fresh[name] for name in needs]
+    grads = torch.autograd.grad(out, leaves, output_gradient(problem), retain_graph=retain)
+    assert bool(z.untyped_storage().nbytes()) == retain
+    assert_same(dict(zip(needs, grads, strict=True)), {name: expected[name] for name in needs})
+    if retain:
+        again = torch.autograd.grad(out, leaves, output_gradient(problem))
+        assert_same(dict(zip(needs, again, strict=True)), dict(zip(needs, grads, strict=True)))
+        assert not z.untyped_storage().nbytes()
+
+
+def test_small_or_lora_intermediates_stay():
+    problem = random_problem(tokens=64)
+    for needs in (problem.trained_by_lora, tuple(problem.leaves)):
+        fresh = problem.mapped(torch.Tensor.detach)
+        for name in needs:
+            fresh[name].requires_grad_()
+        out, z = kept_z(fresh, needs)
+        out.sum().backward()
+        assert z.untyped_storage().nbytes()

@@ -4,7 +4,8 @@ they use.
 Device functions are executed as Python with stand-ins for `gl`, `tl`, TMA, mbarriers and wgmma. The
 partitions of a `warp_specialize` are threads. What the hardware does asynchronously is done as late
 as it may be: a product reads its operands when it is waited for, so a stage that is handed back too
-early gives wrong numbers, and shared memory that nobody wrote is NaN. A load or store out of bounds
+early gives wrong numbers; what is loaded from shared memory arrives at the next fence; and shared
+memory that nobody wrote is NaN. A load or store out of bounds
 is an error, and so is a barrier that nobody completes. Layouts, registers and speed are not here.
 """
 
@@ -112,6 +113,21 @@ class Barrier:
         assert ready, "a barrier that nobody completes"
 
 
+class _Late(threading.local):
+    """Loads of this thread that have not arrived."""
+
+    def __init__(self) -> None:
+        self.loads: list[tuple[Tensor, Tensor]] = []
+
+    def arrive(self) -> None:
+        for found, tensor in self.loads:
+            found.copy_(tensor)
+        self.loads.clear()
+
+
+_late = _Late()
+
+
 @dataclass
 class Shared:
     """Shared memory, or a view of it."""
@@ -133,7 +149,10 @@ class Shared:
         return Shared(self.tensor.permute(tuple(order)))
 
     def load(self, layout: Any) -> Tensor:
-        return self.tensor.clone()
+        """What is read arrives at the next fence: a queue of stores may lie before it."""
+        found = torch.full_like(self.tensor, float("nan"))
+        _late.loads.append((found, self.tensor))
+        return found
 
 
 @dataclass
@@ -261,7 +280,7 @@ STAND_INS = {
     "range": _range,
     "gl": GL,
     "tl": TL,
-    "fence_async_shared": lambda: None,
+    "fence_async_shared": lambda: _late.arrive(),
     "warpgroup_mma": _multiply,
     "warpgroup_mma_wait": _wait,
     "tma": types.SimpleNamespace(async_copy_global_to_shared=_copy_by_tma),

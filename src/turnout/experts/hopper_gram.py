@@ -14,7 +14,12 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+)
 
 from turnout.experts.hopper_kernels import (
     BYTES,
@@ -90,6 +95,7 @@ def _produce(pointers, a_map, b_map, ring, sizes, RULE: gl.constexpr):
                     _copy_rows(a_ptr, row + m_a, stride_am, row + m_a < last, n, N, a, even_n)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             position += 1
+        fence_async_shared()  # TMA will write the stage that cp.async wrote last
 
 
 @gluon.jit

@@ -271,12 +271,17 @@ def _take(
     RULE: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
-    """ROWS from FROM of what a stage holds where A lies; hands the stage back."""
+    """ROWS from FROM of what a stage holds where A lies; hands the stage back.
+
+    The fence waits until the loads have arrived. Without it they may still stand in a queue behind
+    the epilogue's stores when the next copy lands: TMA does not queue.
+    """
     a_smem, _, full, empty = ring
     stages: gl.constexpr = RULE.stages
     stage = position % stages
     mbarrier.wait(full.index(stage), (position // stages) & 1)
     value = a_smem.index(stage).slice(FROM, ROWS).load(LAYOUT)
+    fence_async_shared()
     mbarrier.arrive(empty.index(stage))
     return value
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, get_args
 
 import torch
@@ -49,6 +49,7 @@ _TENSORS = (
 )
 _OPTIONS = "str call, float scale_up, float scale_down, float dropout"
 _DIFFERENTIABLE = tuple(f.name for f in fields(passes.Needs))
+RELEASED_BYTES = 64 * 2**20  # of z; smaller ones gain more from replay than from being released
 
 
 def _encode(spec: ExpertSpec, recompute: Recompute, backend: str, dtype: torch.dtype) -> str:
@@ -207,7 +208,9 @@ def _backward(*args: Any) -> list[Tensor]:
     return function()
 
 
-def _run_backward(dout: Tensor, slot: Tensor, row: Tensor, *args: Any) -> list[Tensor]:
+def _run_backward(
+    dout: Tensor, slot: Tensor, row: Tensor, *args: Any, release: bool = False
+) -> list[Tensor]:
     offsets, tiles, z, xa_up, xa_down, *inputs, flags = args
     x, experts, weights_TK = inputs[:3]
     job = _job(tuple(inputs[3:12]), tuple(inputs[12:16]))
@@ -225,9 +228,17 @@ def _run_backward(dout: Tensor, slot: Tensor, row: Tensor, *args: Any) -> list[T
     )
     needs = passes.Needs(*flags)
     with _without_autocast(x.device.type):
-        grads = passes.backward(job, saved, needs, x, experts, weights_TK, dout)
+        grads = passes.backward(job, saved, needs, x, experts, weights_TK, dout, release)
     named = zip(_DIFFERENTIABLE, _differentiable(tuple(inputs)), flags, strict=True)
     return [passes.as_dtype(grads[n], t.dtype) for n, t, need in named if need and t is not None]
+
+
+def _may_release(z: Tensor) -> bool:
+    """z is large, memory of its own, and this backward pass is the last to read it."""
+    if torch.compiler.is_compiling() or z.numel() * z.element_size() < RELEASED_BYTES:
+        return False
+    own = z.untyped_storage().nbytes() == z.numel() * z.element_size()
+    return own and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 class _ExpertMlp(torch.autograd.Function):
@@ -245,7 +256,11 @@ class _ExpertMlp(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
         flags = [needed[0], *needed[2:11]]
-        found = iter(_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.options, flags))
+        tensors = ctx.saved_tensors
+        # a weight stack's gradient is what makes memory tight; autograd itself lets go too late
+        release = (needed[3] or needed[4]) and _may_release(tensors[4])
+        run = partial(_run_backward, release=True) if release else _backward
+        found = iter(run(dout.contiguous(), *tensors, *ctx.options, flags))
         grads: list[Tensor | None] = [next(found) if need else None for need in flags]
         return (grads[0], None, *grads[1:], *(None,) * 7)
 

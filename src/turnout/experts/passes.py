@@ -194,8 +194,12 @@ def backward(
     experts_TK: Tensor,
     weights_TK: Tensor,
     dout_TH: Tensor,
+    release: bool = False,
 ) -> dict[str, Tensor]:
-    """The gradients that `needs` names, by name."""
+    """The gradients that `needs` names, by name.
+
+    With `release`, the memory of z is given back once dz exists: nobody will read it again.
+    """
     grads: dict[str, Tensor] = {}
     x, dout = as_dtype(x_TH, job.dtype), as_dtype(dout_TH, job.dtype)
     weights_TK = weights_TK.contiguous()
@@ -205,17 +209,25 @@ def backward(
     db = dz = hw = dots = None
     if needs.d:
         db, first = _hidden_grads(job, saved, needs, x, weights_TK, dout, down)
+        if release and saved.z_SG is not None:
+            saved.z_SG.untyped_storage().resize_(0)
         dz, hw = first.out, first.h_SF
         if needs.weights_TK and not on_input:
             assert first.dot_SP is not None
             bias = job.weights.down_bias
             dots = SlotDots(first.dot_SP, dout, bias, experts_TK, weights_TK.dtype)
+        del first
     dy = Operand(dout, True, None if on_input else weights_TK)
-    _down_grads(job, saved, needs, dy, db, hw, grads)
-    del db, hw
+    # the gradient of a stack is larger than hw: it comes when dz, which is larger too, is gone
+    if not needs.down:
+        _down_grads(job, saved, needs, dy, db, hw, grads)
+        db = hw = None
     if needs.dz or (on_input and needs.weights_TK):
         assert dz is not None
         _up_grads(job, saved, needs, x, weights_TK, dz, up, dots, grads)
+    if needs.down:
+        del dz
+        _down_grads(job, saved, needs, dy, db, hw, grads)
     if dots is not None and "weights_TK" not in grads:
         grads["weights_TK"] = slot_dots(dots, saved.ragged)
     return grads
