@@ -19,7 +19,9 @@ from turnout import Activation
 from turnout.device import device_of
 from turnout.experts import gemm, gemm_hopper, hopper_config
 from turnout.ragged import rows as ragged_rows
+from turnout.report.roofline import point
 from turnout.testing import poison_empty
+from turnout.tuning import report
 
 BASE: dict[str, Any] = {
     "tokens": 150,
@@ -151,3 +153,14 @@ def test_an_address_out_of_bounds_goes_unnoticed() -> None:
     with pytest.raises(AssertionError, match="before the tensor"):
         (pointer + torch.arange(-1, 3)).store(1.0, None)
     assert (pointer + torch.arange(9)).load(torch.arange(9) < 8, 0.0).shape == (9,)
+
+
+def test_a_hopper_launch_is_missing_in_the_record(launches: list[str]) -> None:
+    report.forget()
+    run(make(hidden=256, intermediate=256), backend="hopper")
+    ours = [event for event in report.events() if event.ask.kernel.startswith("hopper")]
+    epilogues = {event.ask.key.epilogue for event in ours if event.ask.kernel == "hopper_rows"}
+    assert epilogues == {"none", "activate", "activate_backward"}
+    assert [event.ask.kernel for event in ours].count("hopper_gram") == 2
+    assert all(event.source == "fixed" and event.config["num_stages"] == 4 for event in ours)
+    assert all(point(event.to_dict()).flop > 0 for event in ours), "report can not draw it"

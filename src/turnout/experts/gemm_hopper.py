@@ -17,13 +17,23 @@ from torch import Tensor
 
 from turnout.device import Device, device_of
 from turnout.experts import gemm_triton
-from turnout.experts.hopper_config import DEPTH, ROWS, gram_rule, rows_rule
+from turnout.experts.hopper_config import (
+    DEPTH,
+    ROWS,
+    GramRule,
+    RowsRule,
+    gram_rule,
+    rows_rule,
+)
 from turnout.experts.operands import Activate, ActivateBackward, Operand, RowsOut, Tail
 from turnout.launch import INSTALLED, Launch, TensorMap, interpreting
 from turnout.ragged import Ragged, num_tiles
 from turnout.specs import Activation, GemmProblem
+from turnout.tuning.key import Ask, Config
+from turnout.tuning.report import launched
 
 NAME = "hopper"
+WARPS = 12  # of a block: a producer and two consumers of 4 each
 
 adapter_intermediate = gemm_triton.adapter_intermediate
 factors = gemm_triton.factors
@@ -120,10 +130,27 @@ def _rows_launch(
     if rule.z_boxes:
         wide = 2 * n if rule.gated else n
         maps[6] = TensorMap((problem.rows, wide), (wide, 1), rows_box)
+    chip = device_of(device)
+    ask = Ask(
+        kernel="hopper_rows", problem=problem, device=chip, tile_rows=rule.block_m, top_k=top_k
+    )
+    launched(ask, _config(rule, GROUP=rule.group))
     tiles = num_tiles(problem.rows, experts, rule.block_m)
     numbers = (n, k, rank, half, row_stride, width, num_n, tiles)
-    grid = (min(device_of(device).num_sms, tiles * num_n), 1, 1)
+    grid = (min(chip.num_sms, tiles * num_n), 1, 1)
     return Launch(rows_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps), num_n
+
+
+def _config(rule: RowsRule | GramRule, **more: int) -> Config:
+    """What a report says of a rule."""
+    sizes = {
+        "BLOCK_M": rule.block_m,
+        "BLOCK_N": rule.block_n,
+        "BLOCK_K": rule.block_k,
+        "num_warps": WARPS,
+        "num_stages": rule.stages,
+    }
+    return Config.of(sizes | more)
 
 
 def launch_rows(
@@ -206,10 +233,9 @@ def _why_portable_gram(problem: GemmProblem, a: Operand, b: Operand, out_ENK: Te
 
 @lru_cache(maxsize=4096)
 def _gram_launch(
+    problem: GemmProblem,
     n: int,
     k: int,
-    rows: int,
-    experts: int,
     device: torch.device,
     top_k: int,
     gather_a: bool,
@@ -219,13 +245,16 @@ def _gram_launch(
     from turnout.experts.hopper_gram import gram_kernel
 
     rule = gram_rule(n, k, top_k, gather_a)
+    rows, experts, chip = problem.rows, problem.experts, device_of(device)
+    ask = Ask(kernel="hopper_gram", problem=problem, device=chip, top_k=top_k)
+    launched(ask, _config(rule))
     if gather_a:
         maps = {3: TensorMap((rows, k), (row_strides[1], 1), (rule.block_m, rule.block_k))}
     else:
         maps = {2: TensorMap((rows, n), (row_strides[0], 1), (rule.block_m, rule.block_n))}
     num_n, num_k = -(-n // rule.block_n), -(-k // rule.block_k)
     numbers = (n, k, *row_strides, *out_strides, num_n, num_k, experts)
-    grid = (min(device_of(device).num_sms, experts * num_n * num_k), 1, 1)
+    grid = (min(chip.num_sms, experts * num_n * num_k), 1, 1)
     return Launch(gram_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps)
 
 
@@ -245,12 +274,11 @@ def launch_gram(
         return
     if out_ENK.stride(2) != 1:
         a, b, out_ENK = b, a, _swapped(out_ENK)
-    experts, n, k = out_ENK.shape
+    _, n, k = out_ENK.shape
     launch = _gram_launch(
+        problem,
         n,
         k,
-        ragged.num_rows,
-        experts,
         out_ENK.device,
         ragged.top_k,
         a.by_token,

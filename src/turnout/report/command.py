@@ -11,7 +11,7 @@ from rich.text import Text
 from turnout.report import tables
 from turnout.tuning import journal, show
 from turnout.tuning.journal import Journal
-from turnout.tuning.key import TILES
+from turnout.tuning.key import FIXED, TILES
 
 
 def main(place: Path, plot: Path | None = None) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def _shown(found: Journal) -> RenderableType:
     if num_runs > 1:
         parts += [Text(f"The last of {num_runs} runs in {found.path.name}:"), Text()]
     kernels = found.last("kernel")
-    gone = sorted({str(event.get("kernel")) for event in kernels} - set(TILES))
+    gone = sorted({str(event.get("kernel")) for event in kernels} - {*TILES, *FIXED})
     if gone:
         text = f"kernels that this version does not have: {', '.join(gone)}"
         parts.append(Text(text, style="yellow"))
@@ -75,6 +75,6 @@ def _check_plot(path: Path) -> None:
 def _draw(found: Journal, path: Path) -> None:
     from turnout.report.roofline import plot, point
 
-    events = [event for event in found.last("kernel") if event.get("kernel") in TILES]
+    events = [event for event in found.last("kernel") if event.get("kernel") in (*TILES, *FIXED)]
     roofs = found.of("roof")
     plot(path, [point(event) for event in events], roofs[-1] if roofs else None)

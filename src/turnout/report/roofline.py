@@ -47,7 +47,7 @@ def point(event: dict[str, Any]) -> Point:
     s, e, n, k, r = (checked(key, name, int) for name in ("rows", "experts", "n", "k", "rank"))
     item = _BYTES.get(checked(key, "dtype", str), 2)
     weight_item = _BYTES.get(checked(key, "weight_dtype", str), 2)
-    is_rows = checked(event, "kernel", str) == "rows"
+    is_rows = checked(event, "kernel", str).endswith("rows")
     flop = 2 * s * n * (k + r)
     traffic = (s * k + s * n) * item + e * n * k * weight_item
     search = event.get("search")

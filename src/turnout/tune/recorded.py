@@ -20,7 +20,7 @@ from turnout.experts.operands import Activate, ActivateBackward, Operand, Tail
 from turnout.ragged import Ragged, sort_by_expert
 from turnout.specs import Activation, GemmProblem
 from turnout.tuning.journal import Journal
-from turnout.tuning.key import TILES
+from turnout.tuning.key import FIXED, TILES
 
 _P = 0.1  # of a dropout whose probability is not part of the problem
 
@@ -30,6 +30,8 @@ def problems(journal: Journal) -> tuple[list[tuple[GemmProblem, int]], list[str]
     found: dict[tuple[GemmProblem, int], None] = {}
     faults = list(journal.faults)
     for line in journal.of("kernel"):
+        if line.get("kernel") in FIXED:
+            continue
         if line.get("kernel") not in TILES:
             faults.append(f"kernel {line.get('kernel')!r} is not in this version; it is left out")
             continue

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from turnout._version import __version__
 from turnout.tuning.key import Config, Key, checked
 
-Source = Literal["tuned", "user cache", "shipped", "analytic"]
+Source = Literal["tuned", "user cache", "shipped", "analytic", "fixed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

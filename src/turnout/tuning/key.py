@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from turnout.device import Device
 from turnout.specs import GemmProblem
 
-Kernel = Literal["rows", "gram"]
+Kernel = Literal["rows", "gram", "hopper_rows", "hopper_gram"]
 
 # Tile sizes of each kernel; the row tile of `rows` belongs to the sort and is part of the key.
 TILES: dict[str, tuple[str, ...]] = {
@@ -29,6 +29,7 @@ TILES: dict[str, tuple[str, ...]] = {
     "gram": ("EXPERT_FIRST", "BLOCK_N", "BLOCK_K", "BLOCK_M"),
 }
 OPTIONS = ("num_warps", "num_stages")
+FIXED = ("hopper_rows", "hopper_gram")  # a rule decides their config, so there is none to search
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from typing import Any
 from turnout.tuning.candidates import MOST, Family
 from turnout.tuning.entry import Entry, Search, config_of
 from turnout.tuning.journal import Journal
-from turnout.tuning.key import TILES, Config, Key, bucket_of, checked
+from turnout.tuning.key import FIXED, TILES, Config, Key, bucket_of, checked
 from turnout.tuning.table import Table
 
 TOLERANCE = 0.01
@@ -89,6 +89,8 @@ def records_of(journal: Journal) -> tuple[list[Record], list[str]]:
 
 def _record(line: dict[str, Any]) -> Record | None:
     """None for a problem that was not searched."""
+    if line.get("kernel") in FIXED:
+        return None
     if line.get("kernel") not in TILES:
         raise ValueError(f"kernel {line.get('kernel')!r} is not in this version")
     if line.get("search") is None:

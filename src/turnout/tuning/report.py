@@ -73,9 +73,18 @@ def config_for(ask: Ask, default: Config) -> Config:
     else:
         entry = stored.entry
         event = Event(ask=ask, config=entry.config, source=stored.source, search=entry.search)
+    _note(event)
+    return event.config
+
+
+def launched(ask: Ask, config: Config) -> None:
+    """Records a problem whose kernel knows no other config."""
+    _note(Event(ask=ask, config=config, source="fixed", search=None))
+
+
+def _note(event: Event) -> None:
     with _lock:
         _events[event.place] = event
-    return event.config
 
 
 def events() -> tuple[Event, ...]:
