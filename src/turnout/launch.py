@@ -162,7 +162,7 @@ class Launch:
 
     def ready(self, device: int, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
         """Triton's launcher, function and metadata for tensors of these dtypes, once compiled."""
-        return self._ready.get((device, _kinds(tensors)))
+        return self._ready.get((device, *[None if t is None else t.dtype for t in tensors]))
 
     def arguments(self, addresses: Sequence[int | None]) -> Sequence[Any]:
         """Addresses as the compiled kernel takes them."""
@@ -192,17 +192,30 @@ class Launch:
             with torch.cuda.device(device):
                 self._run(tensors)
             return
-        addresses = [None if t is None else t.data_ptr() for t in tensors]
+        addresses: list[int | None] = []
+        found: list[Any] = [device]
+        bits = 0  # of all addresses together
+        for t in tensors:
+            if t is None:
+                addresses.append(None)
+                found.append(None)
+            else:
+                address = t.data_ptr()
+                bits |= address
+                addresses.append(address)
+                found.append(t.dtype)
         if 0 in addresses:
             _check_storage(tensors)
-        is_aligned = aligned(addresses)
-        key = (device, _kinds(tensors))
+        is_aligned = not bits & 15
+        key = tuple(found)
         ready = self._ready.get(key)
         if ready is not None and is_aligned and not profiled():
-            run, *head = ready
-            stream = get_stream(device)
-            args = self.arguments(addresses)
-            run(*self.grid, stream, *head, None, None, None, *args, *self._rest)
+            run, function, metadata = ready
+            args = self.arguments(addresses) if self.maps else addresses
+            run(
+                *self.grid, get_stream(device), function, metadata, None, None, None,
+                *args, *self._rest,
+            )  # fmt: skip
             return
         given: list[Any] = list(tensors)
         for place, tensor_map in self.maps.items():
@@ -222,11 +235,6 @@ def _check_storage(tensors: tuple[Tensor | None, ...]) -> None:
                 f"a {type(t).__name__} of shape {tuple(t.shape)} has no memory of its own, so a "
                 "kernel can not read it; pass the plain tensor inside (wait for a collective first)"
             )
-
-
-def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[torch.dtype | None, ...]:
-    """What Triton compiles for, of pointers that are aligned."""
-    return tuple([None if t is None else t.dtype for t in tensors])
 
 
 def aligned(addresses: Iterable[int | None]) -> bool:

@@ -271,8 +271,8 @@ def _place_kernel(
 
 
 @lru_cache(maxsize=1024)
-def _launches(rows: int, num_experts: int, tile_rows: int) -> tuple[int, tuple[Launch, ...]]:
-    """Blocks to count in, and what is launched: one, or count, scan and scatter."""
+def _launches(rows: int, num_experts: int, tile_rows: int) -> tuple[int, int, tuple[Launch, ...]]:
+    """Tiles, blocks to count in, and what is launched: one, or count, scan and scatter."""
     buckets = triton.next_power_of_2(num_experts + 1)
     tiles = num_tiles(rows, num_experts, tile_rows)
     block = max(16, min(BLOCK, triton.next_power_of_2(rows)))
@@ -280,19 +280,24 @@ def _launches(rows: int, num_experts: int, tile_rows: int) -> tuple[int, tuple[L
     tile_block = max(1, min(32, _TILE_ELEMENTS // buckets))
     table = {"TILE_ROWS": tile_rows, "TILE_BLOCK": tile_block, **sizes}
     if rows <= BLOCK:
-        return 0, (Launch(_sort_kernel, (1, 1, 1), (num_experts, rows, tiles), table, 4),)
+        return tiles, 0, (Launch(_sort_kernel, (1, 1, 1), (num_experts, rows, tiles), table, 4),)
     blocks = triton.cdiv(rows, block)
     scan = {"BUCKETS": buckets, "ROWS": max(1, min(32, _SCAN_ELEMENTS // buckets))}
     grid = (blocks + triton.cdiv(tiles, tile_block), 1, 1)
-    return blocks, (
-        Launch(_count_kernel, (blocks, 1, 1), (num_experts, rows, blocks), sizes, 4),
-        Launch(_scan_kernel, (1, 1, 1), (num_experts, blocks), scan, 8),
-        Launch(_scatter_kernel, grid, (num_experts, rows, blocks, tiles), table, 4),
+    return (
+        tiles,
+        blocks,
+        (
+            Launch(_count_kernel, (blocks, 1, 1), (num_experts, rows, blocks), sizes, 4),
+            Launch(_scan_kernel, (1, 1, 1), (num_experts, blocks), scan, 8),
+            Launch(_scatter_kernel, grid, (num_experts, rows, blocks, tiles), table, 4),
+        ),
     )
 
 
 @lru_cache(maxsize=1024)
-def _place_launch(tokens: int, top_k: int, num_experts: int, tile_rows: int) -> Launch:
+def _place_launch(tokens: int, top_k: int, num_experts: int, tile_rows: int) -> tuple[int, Launch]:
+    """Tiles, and what is launched where the router has counted."""
     rows = tokens * top_k
     blocks, buckets = counts.shape(tokens, num_experts)
     slots = counts.block_tokens(tokens) * top_k
@@ -309,7 +314,7 @@ def _place_launch(tokens: int, top_k: int, num_experts: int, tile_rows: int) -> 
     }
     grid = (programs + triton.cdiv(tiles, tile_block), 1, 1)
     numbers = (num_experts, rows, blocks, own, own * slots, programs, tiles)
-    return Launch(_place_kernel, grid, numbers, constants, PLACE_WARPS)
+    return tiles, Launch(_place_kernel, grid, numbers, constants, PLACE_WARPS)
 
 
 def launch_sort(
@@ -321,22 +326,27 @@ def launch_sort(
     """
     if not experts_TK.is_contiguous():
         experts_TK = experts_TK.contiguous()
-    rows, new_empty = experts_TK.numel(), experts_TK.new_empty
-    slot_S = new_empty(rows, dtype=torch.int64)
-    row_TK = new_empty(experts_TK.shape, dtype=torch.int64)
-    offsets = new_empty(num_experts + 1, dtype=torch.int32)
-    table = new_empty((2, num_tiles(rows, num_experts, tile_rows)), dtype=torch.int32)
+    tokens, top_k = experts_TK.shape
+    rows, new_empty = tokens * top_k, experts_TK.new_empty
+    place = None
     if counted is not None:
-        place = _place_launch(*experts_TK.shape, num_experts, tile_rows)
+        tiles, place = _place_launch(tokens, top_k, num_experts, tile_rows)
+    else:
+        tiles, blocks, launches = _launches(rows, num_experts, tile_rows)
+    # sizes as separate arguments: PyTorch takes longer to read a tuple
+    slot_S = new_empty(rows, dtype=torch.int64)
+    row_TK = new_empty(tokens, top_k, dtype=torch.int64)
+    offsets = new_empty(num_experts + 1, dtype=torch.int32)
+    table = new_empty(2, tiles, dtype=torch.int32)
+    if place is not None:
         place(experts_TK, counted, slot_S, row_TK, offsets, table)
         return slot_S, row_TK, offsets, table
-    blocks, launches = _launches(rows, num_experts, tile_rows)
     if not blocks:
         launches[0](experts_TK, slot_S, row_TK, offsets, table)
         return slot_S, row_TK, offsets, table
     count, scan, scatter = launches
     buckets = scan.constants["BUCKETS"]
-    made = new_empty((2, blocks, buckets), dtype=torch.int32)
+    made = new_empty(2, blocks, buckets, dtype=torch.int32)
     count(experts_TK, made)
     scan(offsets, made)
     scatter(experts_TK, made, slot_S, row_TK, offsets, table)

@@ -14,7 +14,9 @@ Legend: T tokens, K experts per token, S = T*K rows, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -95,6 +97,14 @@ def num_tiles(rows: int, num_experts: int, tile_rows: int) -> int:
     return min(rows, -(-rows // tile_rows) + num_experts)
 
 
+@cache
+def _launch_sort() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The device code: Triton is imported when the first rows are sorted."""
+    from turnout.ragged.kernels import launch_sort
+
+    return launch_sort
+
+
 def sort_by_expert(experts_TK: Tensor, num_experts: int, counted: Tensor | None = None) -> Ragged:
     """Stable sort of the slots by expert, without a host sync.
 
@@ -105,16 +115,11 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int, counted: Tensor | None 
     """
     rows = experts_TK.numel()
     if rows and INSTALLED and (experts_TK.is_cuda or interpreting()):
-        from turnout.ragged.kernels import launch_sort
-
         tile_rows = tile_rows_of(rows, num_experts)
-        slot_S, row_TK, offsets, tiles = launch_sort(experts_TK, num_experts, tile_rows, counted)
+        sort = _launch_sort()
+        slot_S, row_TK, offsets, tiles = sort(experts_TK, num_experts, tile_rows, counted)
         return Ragged(
-            slot_S=slot_S,
-            row_TK=row_TK,
-            offsets=offsets,
-            tiles=tiles,
-            tile_rows=tile_rows,
+            slot_S=slot_S, row_TK=row_TK, offsets=offsets, tiles=tiles, tile_rows=tile_rows
         )
     flat = experts_TK.reshape(-1).long()
     dropped = (flat < 0) | (flat >= num_experts)

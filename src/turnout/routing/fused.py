@@ -69,7 +69,7 @@ def route(
     _kernels()  # before anyone asks whether they are interpreted
     experts = experts_TK
     if experts is None:
-        experts = logits_TE.new_empty((logits_TE.shape[0], spec.top_k), dtype=torch.int64)
+        experts = logits_TE.new_empty(logits_TE.shape[0], spec.top_k, dtype=torch.int64)
     given = experts_TK is not None
     differentiable = torch.is_grad_enabled() and (
         logits_TE.requires_grad
@@ -78,7 +78,7 @@ def route(
     )
     run = _Route.apply if differentiable else _forward
     weights, always = run(logits_TE, expert_scale_E, scale, bias_E, experts, given, spec)
-    return Routing(experts.long(), weights, always, logits_TE)
+    return Routing(experts.long() if given else experts, weights, always, logits_TE)
 
 
 @cache
@@ -111,10 +111,13 @@ def _plan(
     stride: int,
     dtype: torch.dtype,
     bias: torch.dtype | None,
-    present: Present,
+    expert_scale: bool,
+    scale: bool,
+    given: bool,
     libdevice: bool,
 ) -> _Plan:
     tokens, num_experts = shape[0], shape[1] - spec.n_always
+    present = Present(bias is not None, expert_scale, scale, given)
     weights_dtype = torch.float32 if spec.weights_dtype == "float32" else dtype
     if not tokens:
         return _Plan(None, weights_dtype, None)
@@ -134,9 +137,15 @@ def _plan(
 
 @lru_cache(maxsize=1024)
 def _backward_launch(
-    spec: RouteSpec, shape: torch.Size, stride: int, present: Present, libdevice: bool
+    spec: RouteSpec,
+    shape: torch.Size,
+    stride: int,
+    expert_scale: bool,
+    scale: bool,
+    libdevice: bool,
 ) -> Launch:
     tokens, num_experts = shape[0], shape[1] - spec.n_always
+    present = Present(expert_scale=expert_scale, scale=scale)
     rule = backward_rule(spec, num_experts, present, libdevice)
     numbers = (num_experts, spec.n_always, stride, spec.softcap, spec.eps, spec.scale, tokens)
     grid = (-(-tokens // rule.block_t), 1, 1)
@@ -163,21 +172,28 @@ def _forward(
     """Weights of the chosen and of the always-on experts. Writes `experts` unless they are given,
     and leaves their counts on them."""
     rows = _rows(logits)
-    plan = _plan(
+    shape = rows.shape
+    launch, dtype, counted_shape = _plan(
         spec,
-        rows.shape,
+        shape,
         rows.stride(0),
         rows.dtype,
         None if bias is None else bias.dtype,
-        Present(bias is not None, expert_scale is not None, scale is not None, given),
+        expert_scale is not None,
+        scale is not None,
+        given,
         not interpreting(),
     )
-    tokens, num_experts = rows.shape[0], rows.shape[1] - spec.n_always
-    weights = rows.new_empty((tokens, spec.top_k), dtype=plan.dtype)
-    always = rows.new_empty((tokens, spec.n_always), dtype=plan.dtype) if spec.n_always else None
-    counted = None if plan.shape is None else rows.new_empty(plan.shape, dtype=torch.int32)
-    if plan.launch is not None:
-        plan.launch(
+    tokens, width = shape
+    n_always = spec.n_always
+    # sizes as separate arguments: PyTorch takes longer to read a tuple
+    weights = rows.new_empty(tokens, spec.top_k, dtype=dtype)
+    always = rows.new_empty(tokens, n_always, dtype=dtype) if n_always else None
+    counted = None
+    if counted_shape is not None:
+        counted = rows.new_empty(*counted_shape, dtype=torch.int32)
+    if launch is not None:
+        launch(
             rows,
             _contiguous(bias),
             _contiguous(expert_scale),
@@ -189,7 +205,7 @@ def _forward(
             counted,
         )
     if counted is not None:
-        counts.attach(experts, num_experts, counted)
+        counts.attach(experts, width - n_always, counted)
     return weights, always
 
 
@@ -205,47 +221,61 @@ class _Route(torch.autograd.Function):
         return _forward(*args)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dweights: Tensor | None, dalways: Tensor | None) -> Any:
-        logits, experts, expert_scale, scale = ctx.saved_tensors
-        spec: RouteSpec = ctx.spec
-        if dweights is None and dalways is None:
-            return (None,) * 7
-        tokens, num_experts = logits.shape[0], logits.shape[1] - spec.n_always
-        if dweights is None:
-            dweights = logits.new_zeros(tokens, spec.top_k)
-        if dalways is None and spec.n_always:
-            dalways = logits.new_zeros(tokens, spec.n_always)
-        rows = _rows(logits)
-        dlogits = rows.new_empty(rows.shape)
-        dexpert = dscale = None
-        if tokens:
-            present = Present(expert_scale=expert_scale is not None, scale=scale is not None)
-            launch = _backward_launch(spec, rows.shape, rows.stride(0), present, not interpreting())
-            if expert_scale is not None:
-                dexpert = rows.new_empty(launch.grid[0], num_experts, dtype=torch.float32)
-            if scale is not None:
-                dscale = rows.new_empty(launch.grid[0], dtype=torch.float32)
-            launch(
-                rows,
-                experts.contiguous(),
-                dweights.contiguous(),
-                _contiguous(dalways),
-                _contiguous(expert_scale),
-                scale,
-                dlogits,
-                dexpert,
-                dscale,
-            )
-        return (
-            dlogits,
-            _summed(dexpert, expert_scale),
-            _summed(dscale, scale),
-            None,
-            None,
-            None,
-            None,
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        # the guard costs microseconds, and without a second derivative it guards nothing
+        return (_guarded if torch.is_grad_enabled() else _backward)(ctx, *grads)
+
+
+def _backward(ctx: Any, dweights: Tensor | None, dalways: Tensor | None) -> Any:
+    logits, experts, expert_scale, scale = ctx.saved_tensors
+    spec: RouteSpec = ctx.spec
+    if dweights is None and dalways is None:
+        return (None,) * 7
+    rows = _rows(logits)
+    tokens, width = shape = rows.shape
+    if dweights is None:
+        dweights = logits.new_zeros(tokens, spec.top_k)
+    if dalways is None and spec.n_always:
+        dalways = logits.new_zeros(tokens, spec.n_always)
+    dlogits = rows.new_empty(tokens, width)
+    dexpert = dscale = None
+    if tokens:
+        launch = _backward_launch(
+            spec,
+            shape,
+            rows.stride(0),
+            expert_scale is not None,
+            scale is not None,
+            not interpreting(),
         )
+        if expert_scale is not None:
+            num_experts = width - spec.n_always
+            dexpert = rows.new_empty(launch.grid[0], num_experts, dtype=torch.float32)
+        if scale is not None:
+            dscale = rows.new_empty(launch.grid[0], dtype=torch.float32)
+        launch(
+            rows,
+            experts.contiguous(),
+            dweights.contiguous(),
+            _contiguous(dalways),
+            _contiguous(expert_scale),
+            scale,
+            dlogits,
+            dexpert,
+            dscale,
+        )
+    return (
+        dlogits,
+        _summed(dexpert, expert_scale),
+        _summed(dscale, scale),
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+_guarded = once_differentiable(_backward)
 
 
 def _summed(parts: Tensor | None, like: Tensor | None) -> Tensor | None:

@@ -76,12 +76,13 @@ def _check(
             "tensor (T, E). Flatten batch and sequence first"
         )
     num_experts = logits.shape[1] - spec.n_always
-    if num_experts % spec.n_group:
+    n_group = spec.n_group
+    if num_experts % n_group:
         raise ValueError(
             f"{num_experts} experts do not split into n_group={spec.n_group} equal groups"
         )
-    size = num_experts // spec.n_group
-    if spec.n_group > 1 and spec.group_score == "top2sum" and size < 2:
+    size = num_experts // n_group
+    if n_group > 1 and spec.group_score == "top2sum" and size < 2:
         raise ValueError(
             f"group_score='top2sum' needs 2 experts a group; got {size}. Use group_score='max'"
         )
@@ -90,18 +91,18 @@ def _check(
             f"top_k={spec.top_k} experts can not be chosen from {size * spec.topk_group} "
             f"({spec.topk_group} of {spec.n_group} groups of {size}); check logits_TE and the spec"
         )
-    tensors = {
-        "bias_E": bias,
-        "expert_scale_E": expert_scale,
-        "scale": scale,
-        "experts_TK": experts,
-    }
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            _check_tensor(name, tensor, logits.device, num_experts)
+    if bias is not None:
+        _check_tensor("bias_E", bias, logits.device, num_experts)
+    if expert_scale is not None:
+        _check_tensor("expert_scale_E", expert_scale, logits.device, num_experts)
+    if scale is not None:
+        _check_tensor("scale", scale, logits.device, num_experts)
     if experts is not None:
+        _check_tensor("experts_TK", experts, logits.device, num_experts)
         _check_given(experts, logits.shape[0], num_experts, spec)
-    if reads_values(logits) and torch.is_anomaly_enabled() and logits.isnan().any():
+    if torch.compiler.is_compiling() or not torch.is_anomaly_enabled():
+        return
+    if reads_values(logits) and logits.isnan().any():
         rows = logits.isnan().any(1).nonzero().flatten()
         raise ValueError(
             f"logits_TE has NaN in {len(rows)} of {logits.shape[0]} rows, first in row "
