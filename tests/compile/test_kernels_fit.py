@@ -77,6 +77,14 @@ def test_a_hopper_kernel_does_not_fit_or_spills(model: str) -> None:
         assert spilled <= SPILLED, f"{one} keeps {spilled} bytes in local memory"
 
 
+def test_a_hopper_launch_of_sizes_that_16_does_not_divide_does_not_compile() -> None:
+    """Sharding makes such sizes: 2880 / 8 = 360. What cp.async can not copy runs elsewhere."""
+    for sizes in ({"hidden": 520, "intermediate": 192}, {"hidden": 320, "intermediate": 200}):
+        found = hopper("bf16", HOPPER_ODD | sizes, "everything trains")
+        assert found
+        assert_all_run(found, 90)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

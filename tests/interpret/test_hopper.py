@@ -155,6 +155,20 @@ def test_an_address_out_of_bounds_goes_unnoticed() -> None:
     assert (pointer + torch.arange(9)).load(torch.arange(9) < 8, 0.0).shape == (9,)
 
 
+@pytest.mark.parametrize("name", ["x", "gate_up", "down"])
+def test_an_address_that_tma_refuses_reaches_it(name: str, launches: list[str]) -> None:
+    problem = make(hidden=256, intermediate=256)
+    run(problem, backend="hopper")
+    usual = len(launches)
+    launches.clear()
+    given = problem[name]
+    assert given is not None
+    moved = torch.empty(given.numel() + 1, dtype=given.dtype)[1:].view(given.shape).copy_(given)
+    assert moved.data_ptr() % 16
+    run(problem.changed(**{name: moved}), backend="hopper")
+    assert 0 < len(launches) < usual, launches
+
+
 def test_a_hopper_launch_is_missing_in_the_record(launches: list[str]) -> None:
     report.forget()
     run(make(hidden=256, intermediate=256), backend="hopper")

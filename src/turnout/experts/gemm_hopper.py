@@ -33,6 +33,7 @@ from turnout.tuning.key import Ask, Config
 from turnout.tuning.report import launched
 
 NAME = "hopper"
+COUNTED = 16  # elements: of numbers, Triton knows whether they are multiples of it, and of no other
 WARPS = 12  # of a block: a producer and two consumers of 4 each
 
 adapter_intermediate = gemm_triton.adapter_intermediate
@@ -76,6 +77,10 @@ def _why_portable(
         return f"K is no multiple of {DEPTH}"
     if k % 8 or a.rows.stride(0) % 8 or n % 8:
         return "TMA reads rows aligned to 16 bytes"
+    if problem.gathered and a.rows.stride(0) % COUNTED:
+        return "rows are gathered 16 bytes at a time"
+    if (a.rows.data_ptr() | w_ENK.data_ptr()) % 16:
+        return "TMA and cp.async read from addresses aligned to 16 bytes"
     if paired and not problem.weight_k_major:
         return "gate and up columns of one tile are not contiguous"
     if tail is not None and not _dense_tail(tail.b_ENR, problem.weight_k_major):
@@ -174,6 +179,7 @@ def launch_rows(
             problem, read, w_ENK, ragged, dtype, bias_EN, tail, epilogue, scale
         )
     assert scale == 1.0
+    assert tail is None or tail.xa_SR.is_contiguous()
     rows = read.rows
     backward = epilogue if isinstance(epilogue, ActivateBackward) else None
     keep_z = isinstance(epilogue, Activate) and epilogue.keep_z
@@ -224,8 +230,11 @@ def _why_portable_gram(problem: GemmProblem, a: Operand, b: Operand, out_ENK: Te
         return "operands are not changed on the way"
     if a.by_token == b.by_token:
         return "one operand is gathered, the other is not"
-    if problem.n % 8 or problem.k % 8 or a.rows.stride(0) % 8 or b.rows.stride(0) % 8:
+    widths = problem.n, problem.k, a.rows.stride(0), b.rows.stride(0)
+    if any(width % COUNTED for width in widths):
         return "rows are copied 16 bytes at a time"
+    if (a.rows.data_ptr() | b.rows.data_ptr()) % 16:
+        return "TMA and cp.async read from addresses aligned to 16 bytes"
     if 1 not in out_ENK.stride()[1:]:
         return "the result has no contiguous dim"
     return None

@@ -193,8 +193,6 @@ def _produce(a, w_map, xa_map, b_map, z_map, pointers, ring, sizes, RULE: gl.con
                     tma.async_copy_global_to_shared(a, [first, k0], bar, a_smem.index(stage))
                 _copy_weights(w_map, expert, n0, k0, K, HALF, bar, b_smem.index(stage), RULE)
                 position += 1
-            if RULE.gather:
-                fence_async_shared()  # TMA now writes stages that cp.async wrote
             if RULE.tail > 0:
                 for step in range(gl.cdiv(R, block_k)):
                     stage = wait_empty(empty, position, stages)
@@ -202,6 +200,7 @@ def _produce(a, w_map, xa_map, b_map, z_map, pointers, ring, sizes, RULE: gl.con
                     k0 = step * block_k
                     mbarrier.expect(bar, bytes)
                     if RULE.gather:
+                        fence_async_shared()  # TMA writes what cp.async wrote
                         async_copy.mbarrier_arrive(bar, increment_count=False)
                     tma.async_copy_global_to_shared(xa_map, [first, k0], bar, a_smem.index(stage))
                     _copy_weights(b_map, expert, n0, k0, R, HALF, bar, b_smem.index(stage), RULE)
@@ -213,6 +212,7 @@ def _produce(a, w_map, xa_map, b_map, z_map, pointers, ring, sizes, RULE: gl.con
                     bar = full.index(stage)
                     mbarrier.expect(bar, a_bytes)
                     if RULE.gather:
+                        fence_async_shared()
                         async_copy.mbarrier_arrive(bar, increment_count=False)
                     if not RULE.gated:
                         g0 = f0 + box * block_k
