@@ -471,8 +471,8 @@ def test_sequences_longer_than_the_model_are_refused(checkpoint, tmp_path):
 
 
 def test_options_that_turnout_lacks_are_refused_before_work(checkpoint, text, tmp_path):
-    with pytest.raises(turnout.Unsupported, match="hopper"):
-        run(config(checkpoint, text, tmp_path / "out", backend="hopper"))
+    with pytest.raises(turnout.Unsupported, match="sonic"):
+        run(config(checkpoint, text, tmp_path / "out", backend="sonic"))
     assert not (tmp_path / "out").exists()
 
 
