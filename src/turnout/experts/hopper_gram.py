@@ -1,6 +1,6 @@
 """Device code of the grouped Gram product for Hopper (sm_90), in Gluon: weight gradients.
 
-Built like `hopper_kernels.py`: a producer and two cooperating consumers. The rows of an expert are
+Built like `hopper_kernels.py`: a producer and two consumers. The rows of an expert are
 the contraction, so both operands lie in shared memory as (rows, columns) and the first is read
 transposed. Where an expert's rows end, the rest of a stage is filled with zeros by cp.async: what
 lies behind them is another expert's, or nobody's.
