@@ -42,6 +42,22 @@ def _bucket(expert, E):
     return tl.where((expert < 0) | (expert >= E), E, expert).to(tl.int32)
 
 
+@triton.jit
+def _sorted(key, BLOCK: tl.constexpr):
+    """The keys in order: a bitonic sort in loops, of which `tl.sort` compiles every step."""
+    place = tl.arange(0, BLOCK)
+    size = 2
+    while size <= BLOCK:
+        apart = size // 2
+        while apart > 0:
+            other = tl.gather(key, place ^ apart, 0)
+            first = ((place & apart) == 0) == ((place & size) == 0)
+            key = tl.where(first, tl.minimum(key, other), tl.maximum(key, other))
+            apart = apart // 2
+        size = size * 2
+    return key
+
+
 @triton.jit(do_not_specialize=["S", "blocks"])
 def _count_kernel(
     experts_ptr, counts_ptr, E, S, blocks, BLOCK: tl.constexpr, BUCKETS: tl.constexpr
@@ -156,7 +172,7 @@ def _scatter_kernel(
     offs = block * BLOCK + local
     expert = _bucket(tl.load(experts_ptr + offs, mask=offs < S, other=0), E)
     expert = tl.where(offs < S, expert, BUCKETS)
-    key = tl.sort(expert * BLOCK + local)
+    key = _sorted(expert * BLOCK + local, BLOCK)
     expert = key // BLOCK
     slot = block * BLOCK + key % BLOCK
     mask = expert < BUCKETS
@@ -198,7 +214,7 @@ def _sort_kernel(
         tile = first + tl.arange(0, TILE_BLOCK)
         _tile_table(tiles_ptr, begins, ends, tile, E, tiles, TILE_ROWS, BUCKETS)
     # sorted by (expert, slot), a slot's place is its row: experts stand in order, without gaps
-    slot = tl.sort(tl.where(mask, expert, BUCKETS) * BLOCK + local) % BLOCK
+    slot = _sorted(tl.where(mask, expert, BUCKETS) * BLOCK + local, BLOCK) % BLOCK
     tl.store(slot_ptr + local, slot.to(tl.int64), mask=mask)
     tl.store(row_ptr + slot, local.to(tl.int64), mask=mask)
 
@@ -258,7 +274,7 @@ def _place_kernel(
         mask = first + local < last
         expert = tl.load(experts_ptr + first + local, mask=mask, other=0).to(tl.int32)
         counts = tl.histogram(expert, BUCKETS, mask=mask)
-        key = tl.sort(tl.where(mask, expert, BUCKETS) * BLOCK + local)
+        key = _sorted(tl.where(mask, expert, BUCKETS) * BLOCK + local, BLOCK)
         expert = key // BLOCK
         mask = expert < BUCKETS
         # what is sorted stands at local: the first of its expert at the sum of the counts before
