@@ -4,9 +4,10 @@ they use.
 Device functions are executed as Python with stand-ins for `gl`, `tl`, TMA, mbarriers and wgmma. The
 partitions of a `warp_specialize` are threads. What the hardware does asynchronously is done as late
 as it may be: a product reads its operands when it is waited for, so a stage that is handed back too
-early gives wrong numbers; what is loaded from shared memory arrives at the next fence; and shared
-memory that nobody wrote is NaN. A load or store out of bounds
-is an error, and so is a barrier that nobody completes. Layouts, registers and speed are not here.
+early gives wrong numbers; what is loaded from shared memory arrives at the next fence; what TMA
+copies out of it is read when it is waited for; and shared memory that nobody wrote is NaN. A load
+or store out of bounds is an error, and so is a barrier that nobody completes. Layouts, registers
+and speed are not here.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language
 
-from turnout.experts import hopper_gram, hopper_kernels, triton_math
+from turnout.experts import hopper_epilogues, hopper_gram, hopper_kernels, triton_math
+from turnout.experts.hopper_config import BOUND
 from turnout.launch import Launch, TensorMap
 
 DEADLOCK = 20.0  # seconds
@@ -66,23 +68,48 @@ class Pointer:
 
 @dataclass
 class Map:
-    """A descriptor: boxes of a matrix, zero beyond it."""
+    """A descriptor: boxes of a tensor of up to five dims; addresses wrap at 2^64 bytes."""
 
-    matrix: Tensor
-    box: tuple[int, int]
+    memory: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    layout: None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.matrix.dtype
+        return self.memory.dtype
+
+    def _places(self, coordinates: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Addresses of a box, in elements, and which of them are within the tensor."""
+        first = [int(c) for c in coordinates]
+        assert len(first) == len(self.shape)
+        assert min(first) >= 0
+        begin = sum(c * s for c, s in zip(first, self.strides, strict=True))
+        around = 2**64 // self.memory.element_size()
+        begin = (begin + around // 2) % around - around // 2
+        at, inside = torch.tensor(begin), torch.tensor(True)
+        for dim, (c, size) in enumerate(zip(first, self.box, strict=True)):
+            along = [-1 if d == dim else 1 for d in range(len(self.box))]
+            i = torch.arange(size)
+            stride = self.strides[dim] if size > 1 else 0
+            at = at + (i * stride).view(along)
+            inside = inside & (c + i < self.shape[dim]).view(along)
+        touched = at[inside]
+        if touched.numel():
+            assert touched.min() >= 0, "an address before the tensor"
+            assert touched.max() < self.memory.numel(), "an address behind the tensor"
+        return at, inside
 
     def at(self, coordinates: Sequence[Any]) -> Tensor:
-        out = torch.zeros(self.box, dtype=self.dtype)
-        (row, column), (rows, columns) = map(int, coordinates), self.box
-        assert row >= 0
-        assert column >= 0
-        part = self.matrix[row : row + rows, column : column + columns]
-        out[: part.shape[0], : part.shape[1]] = part
-        return out
+        at, inside = self._places(coordinates)
+        values = self.memory[torch.where(inside, at, 0)]
+        return torch.where(inside, values, torch.zeros_like(values))
+
+    def put(self, coordinates: Sequence[Any], values: Tensor) -> None:
+        at, inside = self._places(coordinates)
+        assert values.shape == at.shape, "a box of another shape than its place"
+        self.memory[at[inside]] = values[inside]
 
 
 @dataclass
@@ -114,15 +141,31 @@ class Barrier:
 
 
 class _Late(threading.local):
-    """Loads of this thread that have not arrived."""
+    """What this thread has begun and the hardware may not have done yet.
+
+    Loads from shared memory arrive at the next fence, stores to it are seen by TMA behind one, and
+    what TMA copies out of it is read when it is waited for.
+    """
 
     def __init__(self) -> None:
         self.loads: list[tuple[Tensor, Tensor]] = []
+        self.stored = False
+        self.copies: deque[tuple[Map, Sequence[Any], Shared]] = deque()
 
-    def arrive(self) -> None:
+    def fence(self) -> None:
         for found, tensor in self.loads:
             found.copy_(tensor)
         self.loads.clear()
+        self.stored = False
+
+    def copy(self, to: Map, coordinates: Sequence[Any], source: Shared) -> None:
+        assert not self.stored, "TMA reads what no fence has published"
+        self.copies.append((to, list(coordinates), source))
+
+    def wait(self, outstanding: int) -> None:
+        while len(self.copies) > outstanding:
+            to, coordinates, source = self.copies.popleft()
+            to.put(coordinates, source.tensor)
 
 
 _late = _Late()
@@ -147,6 +190,14 @@ class Shared:
 
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.tensor.permute(tuple(order)))
+
+    def reshape(self, shape: Sequence[int]) -> Shared:
+        return Shared(self.tensor.view(tuple(shape)))
+
+    def store(self, value: Tensor) -> None:
+        assert value.dtype == self.tensor.dtype
+        self.tensor.copy_(value)
+        _late.stored = True
 
     def load(self, layout: Any) -> Tensor:
         """What is read arrives at the next fence: a queue of stores may lie before it."""
@@ -210,8 +261,13 @@ def _copy_rows(to: Shared, pointer: Pointer, mask: Any = None) -> None:
 
 
 def _together(parts: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], *_: Any) -> None:
+    def run(function: Callable[..., None], *args: Any) -> None:
+        with torch.no_grad():
+            function(*args)
+        assert not _late.copies, "shared memory goes before it is copied"
+
     with ThreadPoolExecutor(len(parts)) as pool:
-        started = [pool.submit(torch.no_grad()(function), *args) for function, args in parts]
+        started = [pool.submit(run, function, *args) for function, args in parts]
     failures = [f.exception() for f in started if f.exception() is not None]
     # who failed first left the others waiting
     failures.sort(key=lambda error: "nobody completes" in str(error))
@@ -232,7 +288,8 @@ _program: dict[str, int] = {"number": 0, "count": 1}
 GL = types.SimpleNamespace(
     constexpr=lambda value: value,
     BlockedLayout=language.BlockedLayout,
-    SliceLayout=language.SliceLayout,
+    SliceLayout=lambda dim, parent: None,
+    DistributedLinearLayout=lambda *bases: None,
     NVMMADistributedLayout=language.NVMMADistributedLayout,
     NVMMASharedLayout=types.SimpleNamespace(get_default_for=lambda shape, dtype: None),
     int32=torch.int32,
@@ -252,7 +309,7 @@ GL = types.SimpleNamespace(
     permute=lambda x, order: x.permute(tuple(order)),
     split=lambda x: x.unbind(-1),
     join=lambda a, b: torch.stack((a, b), -1),
-    convert_layout=lambda x, layout: x,
+    convert_layout=lambda x, layout, assert_trivial=False: x,
     where=lambda mask, a, b: torch.where(mask, a, torch.as_tensor(b, dtype=a.dtype)),
     sum=lambda x, axis: x.sum(axis),
     allocate_shared_memory=_allocate,
@@ -280,10 +337,15 @@ STAND_INS = {
     "range": _range,
     "gl": GL,
     "tl": TL,
-    "fence_async_shared": lambda: _late.arrive(),
+    "fence_async_shared": lambda: _late.fence(),
+    "BOUND": BOUND,
     "warpgroup_mma": _multiply,
     "warpgroup_mma_wait": _wait,
-    "tma": types.SimpleNamespace(async_copy_global_to_shared=_copy_by_tma),
+    "tma": types.SimpleNamespace(
+        async_copy_global_to_shared=_copy_by_tma,
+        async_copy_shared_to_global=lambda to, at, source: _late.copy(to, at, source),
+        store_wait=lambda pendings: _late.wait(pendings),
+    ),
     "async_copy": types.SimpleNamespace(
         async_copy_global_to_shared=_copy_rows,
         mbarrier_arrive=lambda barrier, increment_count: barrier.arrive(128),
@@ -299,7 +361,7 @@ STAND_INS = {
 
 
 class _AsPython(ast.NodeTransformer):
-    """Imports and decorators go; `x += y` makes a new x, as it does on the device."""
+    """Imports, decorators and layouts go; `x += y` makes a new x, as it does on the device."""
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> Any:
         return node if node.module == "__future__" else None
@@ -309,6 +371,12 @@ class _AsPython(ast.NodeTransformer):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
         node.decorator_list = []
+        return self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> Any:
+        is_layout = node.attr == "layout" and isinstance(node.value, ast.Attribute)
+        if is_layout and node.value.attr == "type":
+            return ast.Constant(None)
         return self.generic_visit(node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
@@ -326,7 +394,8 @@ def _load(module: types.ModuleType, known: dict[str, Any]) -> dict[str, Any]:
 
 
 _math = _load(triton_math, STAND_INS)
-_rows = _load(hopper_kernels, _math)
+_epilogues = _load(hopper_epilogues, _math)
+_rows = _load(hopper_kernels, _epilogues)
 _gram = _load(hopper_gram, _rows)
 KERNELS = {"rows_kernel": _rows["rows_kernel"], "gram_kernel": _gram["gram_kernel"]}
 
@@ -334,11 +403,9 @@ KERNELS = {"rows_kernel": _rows["rows_kernel"], "gram_kernel": _gram["gram_kerne
 def _argument(tensor: Tensor | None, tensor_map: TensorMap | None) -> Any:
     if tensor is None:
         return None
-    if tensor_map is None:
-        size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        return Pointer(tensor.as_strided((size,), (1,)))
-    matrix = tensor.as_strided(tensor_map.shape, tensor_map.strides)
-    return Map(matrix, tensor_map.box)
+    size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = tensor.as_strided((size,), (1,))
+    return Pointer(memory) if tensor_map is None else Map(memory, *tensor_map)
 
 
 def emulate(launch: Launch, *tensors: Tensor | None) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import gluon_emulator
@@ -144,6 +145,31 @@ def test_a_stage_that_is_handed_back_too_early_goes_unnoticed(
 
 def _later(waits: Any, outstanding: int, deps: Any) -> Any:
     return waits(6 if outstanding else 0, deps)
+
+
+def test_a_box_that_is_filled_again_too_early_goes_unnoticed(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The emulator's own test: copies of results that are waited for one box later."""
+    usual = gluon_emulator._epilogues["tma"]
+    late = SimpleNamespace(**vars(usual))
+    late.store_wait = lambda pendings: usual.store_wait(pendings + 1)
+    monkeypatch.setitem(gluon_emulator._epilogues, "tma", late)
+    problem = make()
+    got = run(problem, (), backend="hopper")["out"]
+    exact = run(problem.double(), (), turnout.reference.expert_mlp)["out"]
+    assert got is not None
+    assert exact is not None
+    assert not (got.double() - exact).norm() < 0.1 * exact.norm()
+
+
+def test_a_box_that_no_fence_published_goes_unnoticed(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The emulator's own test: TMA reads shared memory behind a fence alone."""
+    monkeypatch.setitem(gluon_emulator._epilogues, "fence_async_shared", lambda: None)
+    with pytest.raises(AssertionError, match="no fence has published"):
+        run(make(), (), backend="hopper")
 
 
 def test_an_address_out_of_bounds_goes_unnoticed() -> None:

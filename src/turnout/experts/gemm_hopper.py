@@ -18,7 +18,9 @@ from torch import Tensor
 from turnout.device import Device, device_of
 from turnout.experts import gemm_triton
 from turnout.experts.hopper_config import (
+    BOUND,
     DEPTH,
+    MANY,
     ROWS,
     GramRule,
     RowsRule,
@@ -69,13 +71,15 @@ def _why_portable(
         tail is not None and tail.b_ENR.dtype != w_ENK.dtype
     ):
         return "TMA does not convert"
+    if ragged.num_rows >= BOUND:
+        return "an expert's rows end below 2^30"
     if ragged.tile_rows != ROWS:
         return "few rows per expert are bound by reading weights"
     if minor != 1 or major % 8 or e != length * major or experts * length >= 2**31:
         return "TMA reads all experts as one matrix with aligned rows"
     if k % DEPTH and (problem.gathered or not problem.weight_k_major):
         return f"K is no multiple of {DEPTH}"
-    if k % 8 or a.rows.stride(0) % 8 or n % 8:
+    if k % 8 or a.rows.stride(0) % 8 or n % (16 if paired else 8):
         return "TMA reads rows aligned to 16 bytes"
     if problem.gathered and a.rows.stride(0) % COUNTED:
         return "rows are gathered 16 bytes at a time"
@@ -132,18 +136,36 @@ def _rows_launch(
     if rank:
         maps[4] = TensorMap((problem.rows, rank), (rank, 1), rows_box)
         maps[5] = weights(rank, n if rule.n_major else rank)
+    wide = 2 * n if rule.gated else n  # of z and dz in the backward pass
+    sides = 2 if rule.gated and not rule.interleaved else 1
     if rule.z_boxes:
-        wide = 2 * n if rule.gated else n
+        maps[2] = _stored(wide, sides)
         maps[6] = TensorMap((problem.rows, wide), (wide, 1), rows_box)
+        if keep_h:
+            maps[7] = _stored(n)
+    else:
+        maps[2] = _stored(width)
+        if keep_z:
+            maps[6] = _stored(n, sides)
     chip = device_of(device)
     ask = Ask(
         kernel="hopper_rows", problem=problem, device=chip, tile_rows=rule.block_m, top_k=top_k
     )
     launched(ask, _config(rule, GROUP=rule.group))
     tiles = num_tiles(problem.rows, experts, rule.block_m)
-    numbers = (n, k, rank, half, row_stride, width, num_n, tiles)
+    numbers = (n, k, rank, half, row_stride, num_n, tiles)
     grid = (min(chip.num_sms, tiles * num_n), 1, 1)
     return Launch(rows_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps), num_n
+
+
+def _stored(width: int, sides: int = 1) -> TensorMap:
+    """A result of `width` columns, as `hopper_epilogues` describes it."""
+    side = width // sides
+    return TensorMap(
+        (MANY, MANY, BOUND, sides, side),
+        (2**64 // BOUND - width, width, width, side, 1),
+        (1, 1, ROWS // 2, 1, DEPTH),
+    )
 
 
 def _config(rule: RowsRule | GramRule, **more: int) -> Config:
@@ -237,6 +259,10 @@ def _why_portable_gram(problem: GemmProblem, a: Operand, b: Operand, out_ENK: Te
         return "TMA and cp.async read from addresses aligned to 16 bytes"
     if 1 not in out_ENK.stride()[1:]:
         return "the result has no contiguous dim"
+    if out_ENK.element_size() not in (2, 4):
+        return "results have 2 or 4 bytes"
+    if out_ENK.data_ptr() % 16 or any(stride % 8 for stride in out_ENK.stride() if stride != 1):
+        return "TMA writes rows aligned to 16 bytes"
     return None
 
 
@@ -250,10 +276,11 @@ def _gram_launch(
     gather_a: bool,
     row_strides: tuple[int, int],
     out_strides: tuple[int, int],
+    out_bytes: int,
 ) -> Launch:
     from turnout.experts.hopper_gram import gram_kernel
 
-    rule = gram_rule(n, k, top_k, gather_a)
+    rule = gram_rule(n, k, top_k, gather_a, out_bytes)
     rows, experts, chip = problem.rows, problem.experts, device_of(device)
     ask = Ask(kernel="hopper_gram", problem=problem, device=chip, top_k=top_k)
     launched(ask, _config(rule))
@@ -261,8 +288,9 @@ def _gram_launch(
         maps = {3: TensorMap((rows, k), (row_strides[1], 1), (rule.block_m, rule.block_k))}
     else:
         maps = {2: TensorMap((rows, n), (row_strides[0], 1), (rule.block_m, rule.block_n))}
+    maps[4] = TensorMap((experts, n, k), (*out_strides, 1), (1, DEPTH, rule.box))
     num_n, num_k = -(-n // rule.block_n), -(-k // rule.block_k)
-    numbers = (n, k, *row_strides, *out_strides, num_n, num_k, experts)
+    numbers = (n, k, *row_strides, num_n, num_k, experts)
     grid = (min(chip.num_sms, experts * num_n * num_k), 1, 1)
     return Launch(gram_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps)
 
@@ -293,6 +321,7 @@ def launch_gram(
         a.by_token,
         (a.rows.stride(0), b.rows.stride(0)),
         out_ENK.stride()[:2],
+        out_ENK.element_size(),
     )
     launch(
         a.rows,

@@ -11,7 +11,9 @@ from turnout.launch import power_of_2
 from turnout.specs import Activation, GemmProblem
 
 ROWS = 128  # of a tile: the sort's, and two warpgroups'
-DEPTH = 64  # of a stage: 128 bytes, the widest swizzle
+DEPTH = 64  # of a stage, columns of a box: 128 bytes, the widest swizzle
+BOUND = 2**30  # rows of a map that ends at an expert's last row
+MANY = 0x7FFF0000  # more than any index of a map's outer dims
 
 
 class RowsRule(NamedTuple):
@@ -61,6 +63,7 @@ class GramRule(NamedTuple):
         gather_a: the first operand is read by token, else the second.
         top_k: K of the routing.
         even_n, even_k: tiles end where the result does.
+        box: columns that are stored at once.
         block_m, block_n, block_k, stages: rows of a stage, tile of the result.
     """
 
@@ -68,6 +71,7 @@ class GramRule(NamedTuple):
     top_k: int
     even_n: bool
     even_k: bool
+    box: int
     block_m: int
     block_n: int
     block_k: int
@@ -117,14 +121,16 @@ def rows_rule(
     )
 
 
-def gram_rule(n: int, k: int, top_k: int, gather_a: bool) -> GramRule:
-    """The rule of a product of width n x k; the operand that is gathered is the narrow one."""
+def gram_rule(n: int, k: int, top_k: int, gather_a: bool, out_bytes: int) -> GramRule:
+    """The rule of a product of width n x k, of elements of `out_bytes`; the operand that is
+    gathered is the narrow one."""
     block_n, block_k = (128, 256) if gather_a else (256, 128)
     return GramRule(
         gather_a=gather_a,
         top_k=top_k,
         even_n=n % block_n == 0,
         even_k=k % block_k == 0,
+        box=2 * DEPTH // out_bytes,
         block_m=DEPTH,
         block_n=block_n,
         block_k=block_k,

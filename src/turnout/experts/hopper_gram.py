@@ -21,13 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
-from turnout.experts.hopper_kernels import (
-    BYTES,
-    PRODUCER_THREADS,
-    halves,
-    multiply,
-    wait_empty,
-)
+from turnout.experts.hopper_epilogues import halves, put, row_halves
+from turnout.experts.hopper_kernels import BYTES, PRODUCER_THREADS, multiply, wait_empty
 
 
 @gluon.jit
@@ -42,9 +37,9 @@ def _copy_rows(base, index, stride, inside, column, limit, smem, EVEN: gl.conste
 
 @gluon.jit
 def _produce(pointers, a_map, b_map, ring, sizes, RULE: gl.constexpr):
-    a_ptr, b_ptr, _, slot_ptr, offsets_ptr = pointers
+    a_ptr, b_ptr, slot_ptr, offsets_ptr = pointers
     a_smem, b_smem, full, empty = ring
-    N, K, stride_am, stride_bm, _, _, num_n, num_k, E = sizes
+    N, K, stride_am, stride_bm, num_n, num_k, E = sizes
     block_m: gl.constexpr = RULE.block_m
     block_n: gl.constexpr = RULE.block_n
     block_k: gl.constexpr = RULE.block_k
@@ -99,24 +94,32 @@ def _produce(pointers, a_map, b_map, ring, sizes, RULE: gl.constexpr):
 
 
 @gluon.jit
-def _store(out, value, n64, column, stride_on, N, K, RULE: gl.constexpr):
-    mask = (n64 < N)[:, None]
-    if not RULE.even_k:
-        mask = mask & (column < K)[None, :]
-    gl.store(out + n64[:, None] * stride_on + column[None, :], value, mask=mask)
+def _put_two(out, buffers, value, expert, n0, k0):
+    left, right = halves(value)
+    width: gl.constexpr = left.shape[1]
+    put(out, buffers.index(0), left, (expert, n0, k0))
+    put(out, buffers.index(1), right, (expert, n0, k0 + width))
 
 
 @gluon.jit
-def _consume(WHO: gl.constexpr, pointers, ring, sizes, RULE: gl.constexpr):
-    _, _, out_ptr, _, offsets_ptr = pointers
-    N, K, _, _, stride_oe, stride_on, num_n, num_k, E = sizes
+def _put_128(out, buffers, value, expert, n0, k0, RULE: gl.constexpr):
+    """Stores 64 rows and 128 columns of a tile."""
+    if RULE.box == 64:
+        _put_two(out, buffers, value, expert, n0, k0)
+    else:
+        left, right = halves(value)
+        _put_two(out, buffers, left, expert, n0, k0)
+        _put_two(out, buffers, right, expert, n0, k0 + 64)
+
+
+@gluon.jit
+def _consume(WHO: gl.constexpr, out, offsets_ptr, buffers, ring, sizes, RULE: gl.constexpr):
+    _, _, _, _, num_n, num_k, E = sizes
     rows: gl.constexpr = RULE.block_n // 2
     from_row: gl.constexpr = WHO * rows
     block_k: gl.constexpr = RULE.block_k
-    half: gl.constexpr = block_k // 2
     stages: gl.constexpr = RULE.stages
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, block_k, 16])
-    stored: gl.constexpr = gl.BlockedLayout([4, 8], [4, 8], [4, 1], [1, 0])
     position = 0
     for tile in range(gl.program_id(0), E * num_n * num_k, gl.num_programs(0)):
         expert = tile // (num_n * num_k)
@@ -126,13 +129,16 @@ def _consume(WHO: gl.constexpr, pointers, ring, sizes, RULE: gl.constexpr):
         acc = gl.zeros([rows, block_k], gl.float32, layout=mma)
         acc, position = multiply(acc, position, steps, ring, from_row, rows, 0, True, False, stages)
         n0 = (tile // num_k) % num_n * RULE.block_n + from_row
-        n64 = (n0 + gl.arange(0, rows, layout=gl.SliceLayout(1, stored))).to(gl.int64)
-        column = tile % num_k * block_k + gl.arange(0, half, layout=gl.SliceLayout(0, stored))
-        out = out_ptr + expert.to(gl.int64) * stride_oe
-        left, right = halves(acc.to(out_ptr.dtype.element_ty))
-        left, right = gl.convert_layout(left, stored), gl.convert_layout(right, stored)
-        _store(out, left, n64, column, stride_on, N, K, RULE)
-        _store(out, right, n64, column + half, stride_on, N, K, RULE)
+        k0 = tile % num_k * block_k
+        if rows == 64:
+            left, right = halves(acc)
+            _put_128(out, buffers, left, expert, n0, k0, RULE)
+            _put_128(out, buffers, right, expert, n0, k0 + 128, RULE)
+        else:
+            upper, lower = row_halves(acc)
+            _put_128(out, buffers, upper, expert, n0, k0, RULE)
+            _put_128(out, buffers, lower, expert, n0 + 64, k0, RULE)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -141,15 +147,13 @@ def gram_kernel(
     b_ptr,
     a_map,
     b_map,
-    out_ptr,
+    out,
     slot_ptr,
     offsets_ptr,
     N,
     K,
     stride_am,
     stride_bm,
-    stride_oe,
-    stride_on,
     num_n,
     num_k,
     E,
@@ -173,18 +177,21 @@ def gram_kernel(
     b_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(b_shape, dtype)
     a_smem = gl.allocate_shared_memory(dtype, [stages, a_shape[0], a_shape[1]], a_layout)
     b_smem = gl.allocate_shared_memory(dtype, [stages, b_shape[0], b_shape[1]], b_layout)
+    boxes: gl.constexpr = [2, 1, 64, RULE.box]  # of a consumer
+    first_boxes = gl.allocate_shared_memory(out.dtype, boxes, out.layout)
+    second_boxes = gl.allocate_shared_memory(out.dtype, boxes, out.layout)
     full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(stages):
         mbarrier.init(full.index(stage), count=1 + PRODUCER_THREADS)
         mbarrier.init(empty.index(stage), count=2)
     ring = (a_smem, b_smem, full, empty)
-    sizes = (N, K, stride_am, stride_bm, stride_oe, stride_on, num_n, num_k, E)
-    pointers = (a_ptr, b_ptr, out_ptr, slot_ptr, offsets_ptr)
+    sizes = (N, K, stride_am, stride_bm, num_n, num_k, E)
+    pointers = (a_ptr, b_ptr, slot_ptr, offsets_ptr)
     gl.warp_specialize(
         [
-            (_consume, (0, pointers, ring, sizes, RULE)),
-            (_consume, (1, pointers, ring, sizes, RULE)),
+            (_consume, (0, out, offsets_ptr, first_boxes, ring, sizes, RULE)),
+            (_consume, (1, out, offsets_ptr, second_boxes, ring, sizes, RULE)),
             (_produce, (pointers, a_map, b_map, ring, sizes, RULE)),
         ],
         [4, 4],

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from turnout.experts.triton_math import act, act_and_slope, glu, glu_backward
+from turnout.experts.hopper_epilogues import BOX, add_bias, finish
 
 BYTES = gl.constexpr(2)  # of an element: float16 or bfloat16
 PRODUCER_THREADS = gl.constexpr(128)
@@ -41,23 +41,6 @@ def wait_empty(empty, position, STAGES: gl.constexpr):
     stage = position % STAGES
     mbarrier.wait(empty.index(stage), ((position // STAGES) & 1) ^ 1)
     return stage
-
-
-@gluon.jit
-def halves(x):
-    """The left and right half of the columns; nothing moves between threads."""
-    rows: gl.constexpr = x.shape[0]
-    width: gl.constexpr = x.shape[1] // 2
-    return gl.split(gl.permute(gl.reshape(x, [rows, 2, width]), [0, 2, 1]))
-
-
-@gluon.jit
-def _half(x, WHICH: gl.constexpr):
-    left, right = halves(x)
-    if WHICH == 0:
-        return left
-    else:
-        return right
 
 
 @gluon.jit
@@ -150,9 +133,9 @@ def _copy_weights(w_map, expert, n0, k0, width_k, HALF, bar, smem, RULE: gl.cons
 
 @gluon.jit
 def _produce(a, w_map, xa_map, b_map, z_map, pointers, ring, sizes, RULE: gl.constexpr):
-    _, _, _, _, _, _, slot_ptr, tiles_ptr, offsets_ptr = pointers
+    _, _, _, slot_ptr, tiles_ptr, offsets_ptr = pointers
     a_smem, b_smem, full, empty = ring
-    N, K, R, HALF, stride_am, _, num_n, num_tiles = sizes
+    N, K, R, HALF, stride_am, num_n, num_tiles = sizes
     block_k: gl.constexpr = RULE.block_k
     stages: gl.constexpr = RULE.stages
     b_bytes: gl.constexpr = RULE.block_n * block_k * BYTES
@@ -225,246 +208,15 @@ def _produce(a, w_map, xa_map, b_map, z_map, pointers, ring, sizes, RULE: gl.con
 
 
 @gluon.jit
-def _pairs(x):
-    """The even and the odd columns."""
-    rows: gl.constexpr = x.shape[0]
-    width: gl.constexpr = x.shape[1] // 2
-    return gl.split(gl.reshape(x, [rows, width, 2]))
-
-
-@gluon.constexpr_function
-def _doubled(layout):
-    """The layout of gate and up columns side by side."""
-    return gl.BlockedLayout(
-        [layout.size_per_thread[0], 2 * layout.size_per_thread[1]],
-        layout.threads_per_warp,
-        layout.warps_per_cta,
-        layout.order,
-    )
-
-
-@gluon.jit
-def _columns(first, N, mask_m, COUNT: gl.constexpr, EVEN: gl.constexpr, LAYOUT: gl.constexpr):
-    """COUNT columns from `first`, and which elements of the rows lie within N columns."""
-    column = first + gl.arange(0, COUNT, layout=gl.SliceLayout(0, LAYOUT))
-    mask = mask_m[:, None]
-    if not EVEN:
-        mask = mask & (column < N)[None, :]
-    return column[None, :], mask
-
-
-@gluon.jit
-def _store(ptr, value, row64, mask_m, first, width, N, EVEN: gl.constexpr, LAYOUT: gl.constexpr):
-    """Stores columns `first`.. of rows of `width` elements, as far as there are N."""
-    cols: gl.constexpr = value.shape[1]
-    column, mask = _columns(first, N, mask_m, cols, EVEN, LAYOUT)
-    value = gl.convert_layout(value.to(ptr.dtype.element_ty), LAYOUT)
-    gl.store(ptr + row64[:, None] * width + column, value, mask=mask)
-
-
-@gluon.jit
-def _take(
-    ring,
-    position,
-    FROM: gl.constexpr,
-    ROWS: gl.constexpr,
-    RULE: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
-    """ROWS from FROM of what a stage holds where A lies; hands the stage back.
-
-    The fence waits until the loads have arrived. Without it they may still stand in a queue behind
-    the epilogue's stores when the next copy lands: TMA does not queue.
-    """
-    a_smem, _, full, empty = ring
-    stages: gl.constexpr = RULE.stages
-    stage = position % stages
-    mbarrier.wait(full.index(stage), (position // stages) & 1)
-    value = a_smem.index(stage).slice(FROM, ROWS).load(LAYOUT)
-    fence_async_shared()
-    mbarrier.arrive(empty.index(stage))
-    return value
-
-
-@gluon.jit
-def _store_backward(
-    d, z, up, first, row64, mask_m, weight, pointers, N, RULE: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """Stores dz and h of these columns from d, the gradient of h; returns the row sums of d * h.
-
-    z is the gate and `up` the rest of the input, or z is all of it when they are interleaved or
-    there is no gate.
-    """
-    out_ptr, _, _, h_ptr, _, _, _, _, _ = pointers
-    cols: gl.constexpr = d.shape[1]
-    even: gl.constexpr = RULE.even_n
-    ACT: gl.constexpr = RULE.act
-    ALPHA: gl.constexpr = RULE.alpha
-    column, mask = _columns(first, N, mask_m, cols, even, LAYOUT)
-    d = gl.convert_layout(d, LAYOUT)
-    at = row64[:, None] * N + column
-    if RULE.gated:
-        if RULE.interleaved:
-            # gate and up lie side by side: one wide store, split in registers
-            wide: gl.constexpr = _doubled(LAYOUT)
-            by_row: gl.constexpr = gl.SliceLayout(1, wide)
-            inside = gl.convert_layout(mask_m, by_row)
-            both_cols: gl.constexpr = 2 * cols
-            both, mask_z = _columns(2 * first, 2 * N, inside, both_cols, even, wide)
-            z_at = gl.convert_layout(row64, by_row)[:, None] * (2 * N) + both
-            gate, up = _pairs(z)
-        else:
-            z_at = row64[:, None] * (2 * N) + column
-            gate = z
-        LIMIT: gl.constexpr = RULE.limit
-        AFTER: gl.constexpr = RULE.after
-        UP_OFFSET: gl.constexpr = RULE.up_offset
-        gate = gl.convert_layout(gate, LAYOUT).to(gl.float32)
-        up = gl.convert_layout(up, LAYOUT).to(gl.float32)
-        dw = d * weight
-        h, dgate, dup = glu_backward(gate, up, dw, ACT, ALPHA, LIMIT, AFTER, UP_OFFSET, False)
-        dgate, dup = dgate.to(out_ptr.dtype.element_ty), dup.to(out_ptr.dtype.element_ty)
-        if RULE.interleaved:
-            dz = gl.reshape(gl.join(dgate, dup), [d.shape[0], 2 * cols])
-            gl.store(out_ptr + z_at, gl.convert_layout(dz, wide), mask=mask_z)
-        else:
-            gl.store(out_ptr + z_at, dgate, mask=mask)
-            gl.store(out_ptr + z_at + N, dup, mask=mask)
-    else:
-        z = gl.convert_layout(z, LAYOUT).to(gl.float32)
-        h, slope = act_and_slope(z, ACT, ALPHA, False)
-        dz = d * weight * slope
-        gl.store(out_ptr + at, dz.to(out_ptr.dtype.element_ty), mask=mask)
-    if RULE.keep_h:
-        gl.store(h_ptr + at, (h * weight).to(h_ptr.dtype.element_ty), mask=mask)
-    return gl.sum(gl.where(mask, d * h, 0.0), 1)
-
-
-@gluon.jit
-def _add_bias(acc, bias_ptr, expert, pid_n, N, HALF, RULE: gl.constexpr, LAYOUT: gl.constexpr):
-    block_n: gl.constexpr = RULE.block_n
-    j = gl.arange(0, block_n, layout=gl.SliceLayout(0, LAYOUT))
-    if RULE.paired:
-        half: gl.constexpr = RULE.block_n // 2
-        n = pid_n * half + j % half
-        mask = n < HALF
-        n += (j // half) * HALF
-    else:
-        n = pid_n * RULE.block_n + j
-        mask = n < N
-    bias = gl.load(bias_ptr + expert.to(gl.int64) * N + n, mask=mask, other=0.0)
-    return acc + bias.to(gl.float32)[None, :]
-
-
-@gluon.jit
-def _finish(
-    acc,
-    row64,
-    mask_m,
-    pid_n,
-    pointers,
-    ring,
-    position,
-    sizes,
-    FROM: gl.constexpr,
-    RULE: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
-    """The epilogue: what the sums become, and where they are stored; `position` is behind them."""
-    out_ptr, _, z_ptr, _, dot_ptr, weight_ptr, slot_ptr, _, _ = pointers
-    N, _, _, HALF, _, stride_om, num_n, _ = sizes
-    half: gl.constexpr = RULE.block_n // 2
-    even: gl.constexpr = RULE.even_n
-    ACT: gl.constexpr = RULE.act
-    ALPHA: gl.constexpr = RULE.alpha
-    n0 = pid_n * RULE.block_n
-    if RULE.epilogue == "none":
-        left, right = halves(acc)
-        _store(out_ptr, left, row64, mask_m, n0, stride_om, N, even, LAYOUT)
-        _store(out_ptr, right, row64, mask_m, n0 + half, stride_om, N, even, LAYOUT)
-    elif RULE.epilogue == "activate":
-        if RULE.gated:
-            f0 = pid_n * half
-            if RULE.interleaved:
-                gate, up = _pairs(acc)
-            else:
-                gate, up = halves(acc)
-            LIMIT: gl.constexpr = RULE.limit
-            AFTER: gl.constexpr = RULE.after
-            UP_OFFSET: gl.constexpr = RULE.up_offset
-            h = glu(gate, up, ACT, ALPHA, LIMIT, AFTER, UP_OFFSET, False)
-            _store(out_ptr, h, row64, mask_m, f0, stride_om, HALF, even, LAYOUT)
-            if RULE.keep_z:
-                if RULE.interleaved:
-                    left, right = halves(acc)
-                    _store(z_ptr, left, row64, mask_m, n0, N, N, even, LAYOUT)
-                    _store(z_ptr, right, row64, mask_m, n0 + half, N, N, even, LAYOUT)
-                else:
-                    _store(z_ptr, gate, row64, mask_m, f0, N, HALF, even, LAYOUT)
-                    _store(z_ptr, up, row64, mask_m, HALF + f0, N, N, even, LAYOUT)
-        else:
-            h = act(acc, ACT, ALPHA, False)
-            _store(out_ptr, h, row64, mask_m, n0, stride_om, N, even, LAYOUT)
-            if RULE.keep_z:
-                _store(z_ptr, acc, row64, mask_m, n0, N, N, even, LAYOUT)
-    else:
-        by_row: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-        rows: gl.constexpr = acc.shape[0]
-        weight = gl.full([rows], 1.0, gl.float32, layout=by_row)
-        if RULE.weighted:
-            slot = gl.load(slot_ptr + row64, mask=mask_m, other=0)
-            weight = gl.load(weight_ptr + slot, mask=mask_m, other=0.0).to(gl.float32)
-        weight = weight[:, None]
-        dot = gl.zeros([rows], gl.float32, layout=by_row)
-        taken: gl.constexpr = _doubled(LAYOUT) if RULE.gated and RULE.interleaved else LAYOUT
-        # as many columns at a time as z comes in; 32 of them, so that not all is live at once
-        for piece in gl.static_range(RULE.block_n // 64):
-            d = _half(_half(acc, piece // 2), piece % 2)
-            z = _take(ring, position, FROM, rows, RULE, taken)
-            position += 1
-            if RULE.gated:
-                up = _take(ring, position, FROM, rows, RULE, taken)
-                position += 1
-            else:
-                up = z
-            for side in gl.static_range(2):
-                if RULE.gated and RULE.interleaved:
-                    z_cut = z if side == 0 else up  # the two boxes lie one behind the other
-                    up_cut = z_cut
-                else:
-                    z_cut = _half(z, side)
-                    up_cut = _half(up, side)
-                dot += _store_backward(
-                    _half(d, side),
-                    z_cut,
-                    up_cut,
-                    n0 + piece * 64 + side * 32,
-                    row64,
-                    mask_m,
-                    weight,
-                    pointers,
-                    N,
-                    RULE,
-                    LAYOUT,
-                )
-        gl.store(dot_ptr + row64 * num_n + pid_n, dot, mask=mask_m)
-
-
-@gluon.jit
-def _consume(WHO: gl.constexpr, pointers, ring, sizes, RULE: gl.constexpr):
-    _, bias_ptr, _, _, _, _, _, tiles_ptr, offsets_ptr = pointers
-    N, K, R, HALF, _, _, num_n, num_tiles = sizes
+def _consume(WHO: gl.constexpr, pointers, outs, buffers, ring, sizes, RULE: gl.constexpr):
+    bias_ptr, _, _, _, tiles_ptr, offsets_ptr = pointers
+    N, K, R, HALF, _, num_n, num_tiles = sizes
     rows: gl.constexpr = RULE.block_m // 2
     from_row: gl.constexpr = WHO * rows
     block_n: gl.constexpr = RULE.block_n
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, block_n, 16])
     by_column: gl.constexpr = not RULE.n_major
     stages: gl.constexpr = RULE.stages
-    # warps keep their rows, so that what is stored moves between the threads of a warp
-    backward: gl.constexpr = RULE.epilogue == "activate_backward"
-    wide: gl.constexpr = gl.BlockedLayout([4, 8], [4, 8], [4, 1], [1, 0])
-    slim: gl.constexpr = gl.BlockedLayout([2, 8], [8, 4], [4, 1], [1, 0])
-    stored: gl.constexpr = slim if backward else wide
     last_k: gl.constexpr = RULE.tail % RULE.block_k  # of the contraction, in the last stage
     steps = gl.cdiv(K, RULE.block_k)
     if RULE.tail == RULE.block_k:
@@ -482,34 +234,34 @@ def _consume(WHO: gl.constexpr, pointers, ring, sizes, RULE: gl.constexpr):
                 acc, begin, steps, ring, from_row, rows, last_k, False, by_column, stages
             )
             if RULE.bias:
-                acc = _add_bias(acc, bias_ptr, expert, pid_n, N, HALF, RULE, mma)
-            row = first + from_row + gl.arange(0, rows, layout=gl.SliceLayout(1, stored))
-            _finish(
+                acc = add_bias(acc, bias_ptr, expert, pid_n, N, HALF, RULE, mma)
+            finish(
                 acc,
-                row.to(gl.int64),
-                row < last,
+                (first + from_row, last),
                 pid_n,
                 pointers,
+                outs,
+                buffers,
                 ring,
                 position,
                 sizes,
                 from_row,
                 RULE,
-                stored,
             )
             begin += stages_of_tile
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["num_tiles"])
 def rows_kernel(
     a,
     w_map,
-    out_ptr,
+    out,
     bias_ptr,
     xa_map,
     b_map,
-    z,
-    h_ptr,
+    z_map,
+    h_map,
     dot_ptr,
     weight_ptr,
     slot_ptr,
@@ -520,7 +272,6 @@ def rows_kernel(
     R,
     HALF,
     stride_am,
-    stride_om,
     num_n,
     num_tiles,
     RULE: gl.constexpr,
@@ -530,8 +281,8 @@ def rows_kernel(
     Grid: one program per multiprocessor, which take the tiles in turn. Assumes: rows of one tile
     belong to one expert; `a` is a map of (S, K), or a pointer to (T, K) when rows are gathered,
     with K a multiple of block_k; weights are maps of (E * N, K), or of (E * K, N) when N is the
-    contiguous dim, with K a multiple of block_k; xa carries the scaling; z is a pointer where it is
-    written and a map where it is read.
+    contiguous dim, with K a multiple of block_k; xa carries the scaling; what is written are maps
+    as `hopper_epilogues` describes them, z a map of (S, its width) where it is read.
     Cost: 2 S N (K + R) FLOPs, R rounded up to block_k; S K + E N K + S N elements, each once if L2
     holds an expert.
     """
@@ -544,29 +295,23 @@ def rows_kernel(
     stages: gl.constexpr = RULE.stages
     a_smem = gl.allocate_shared_memory(dtype, [stages, a_shape[0], a_shape[1]], a_layout)
     b_smem = gl.allocate_shared_memory(dtype, [stages, b_shape[0], b_shape[1]], b_layout)
+    boxes: gl.constexpr = [2, 1, 1, RULE.block_m // 2, 1, BOX]  # of a consumer
+    first_boxes = gl.allocate_shared_memory(out.dtype, boxes, out.layout)
+    second_boxes = gl.allocate_shared_memory(out.dtype, boxes, out.layout)
     full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(stages):
         mbarrier.init(full.index(stage), count=1 + (PRODUCER_THREADS if RULE.gather else 0))
         mbarrier.init(empty.index(stage), count=2)
     ring = (a_smem, b_smem, full, empty)
-    sizes = (N, K, R, HALF, stride_am, stride_om, num_n, num_tiles)
-    pointers = (
-        out_ptr,
-        bias_ptr,
-        z,
-        h_ptr,
-        dot_ptr,
-        weight_ptr,
-        slot_ptr,
-        tiles_ptr,
-        offsets_ptr,
-    )
+    sizes = (N, K, R, HALF, stride_am, num_n, num_tiles)
+    pointers = (bias_ptr, dot_ptr, weight_ptr, slot_ptr, tiles_ptr, offsets_ptr)
+    outs = (out, z_map, h_map)
     gl.warp_specialize(
         [
-            (_consume, (0, pointers, ring, sizes, RULE)),
-            (_consume, (1, pointers, ring, sizes, RULE)),
-            (_produce, (a, w_map, xa_map, b_map, z, pointers, ring, sizes, RULE)),
+            (_consume, (0, pointers, outs, first_boxes, ring, sizes, RULE)),
+            (_consume, (1, pointers, outs, second_boxes, ring, sizes, RULE)),
+            (_produce, (a, w_map, xa_map, b_map, z_map, pointers, ring, sizes, RULE)),
         ],
         [4, 4],
         [232, 40],
