@@ -102,9 +102,9 @@ class TensorMap(NamedTuple):
         box: what one copy takes.
     """
 
-    shape: tuple[int, int]
-    strides: tuple[int, int]
-    box: tuple[int, int]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
 
     def describe(self, tensor: Tensor) -> Any:
         """The descriptor that Triton compiles for."""
@@ -140,9 +140,22 @@ class Launch:
         constants: constexpr parameters by name, in the kernel's order.
         num_warps, num_stages: Triton's options.
         maps: of the tensors that are given as descriptors, by their place.
+        same_dtypes: every call has tensors of the same dtypes, and the same ones are None, because
+            whoever keeps this launch keeps one for each combination; so calls need not be told
+            apart by it.
     """
 
-    __slots__ = ("_ready", "_rest", "constants", "grid", "kernel", "maps", "numbers", "options")
+    __slots__ = (
+        "_ready",
+        "_rest",
+        "constants",
+        "grid",
+        "kernel",
+        "maps",
+        "numbers",
+        "options",
+        "same_dtypes",
+    )
 
     def __init__(
         self,
@@ -153,16 +166,23 @@ class Launch:
         num_warps: int,
         num_stages: int = 1,
         maps: dict[int, TensorMap] | None = None,
+        same_dtypes: bool = False,
     ) -> None:
-        self.maps = maps or {}
+        self.maps, self.same_dtypes = maps or {}, same_dtypes
         self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
         self._rest = (*numbers, *constants.values())
-        self._ready: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._ready: dict[Any, tuple[Any, ...]] = {}
+
+    def _key(self, device: int, tensors: tuple[Tensor | None, ...]) -> Any:
+        """What tells apart the calls that need different compiled kernels."""
+        if self.same_dtypes:
+            return device
+        return (device, *[None if t is None else t.dtype for t in tensors])
 
     def ready(self, device: int, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
-        """Triton's launcher, function and metadata for tensors of these dtypes, once compiled."""
-        return self._ready.get((device, *[None if t is None else t.dtype for t in tensors]))
+        """What `_shortened` says of the kernel for tensors of these dtypes, once compiled."""
+        return self._ready.get(self._key(device, tensors))
 
     def arguments(self, addresses: Sequence[int | None]) -> Sequence[Any]:
         """Addresses as the compiled kernel takes them."""
@@ -193,29 +213,23 @@ class Launch:
                 self._run(tensors)
             return
         addresses: list[int | None] = []
-        found: list[Any] = [device]
         bits = 0  # of all addresses together
         for t in tensors:
             if t is None:
                 addresses.append(None)
-                found.append(None)
             else:
                 address = t.data_ptr()
                 bits |= address
                 addresses.append(address)
-                found.append(t.dtype)
         if 0 in addresses:
             _check_storage(tensors)
         is_aligned = not bits & 15
-        key = tuple(found)
+        key = self._key(device, tensors)
         ready = self._ready.get(key)
         if ready is not None and is_aligned and not profiled():
-            run, function, metadata = ready
+            run, *head = ready
             args = self.arguments(addresses) if self.maps else addresses
-            run(
-                *self.grid, get_stream(device), function, metadata, None, None, None,
-                *args, *self._rest,
-            )  # fmt: skip
+            run(*self.grid, get_stream(device), *head, None, None, None, *args, *self._rest)
             return
         given: list[Any] = list(tensors)
         for place, tensor_map in self.maps.items():
@@ -223,8 +237,25 @@ class Launch:
             given[place] = None if tensor is None else tensor_map.describe(tensor)
         compiled = self.kernel[self.grid](*given, *self.numbers, **self.constants, **self.options)
         if is_aligned:
-            parts = (compiled.run, compiled.function, compiled.packed_metadata)
-            self._ready.setdefault(key, parts)
+            self._ready.setdefault(key, _shortened(compiled))
+
+
+def _shortened(compiled: Any) -> tuple[Any, ...]:
+    """What starts a compiled kernel, and its arguments between the stream and three hooks.
+
+    Triton 3.6's launcher is a C function behind Python that allocates scratch memory. For a kernel
+    that needs none this Python is a quarter of a launch, so the C function is called instead. A
+    launcher of another version or GPU, whose C function may take other arguments, is called as it
+    is.
+    """
+    run = compiled.run
+    version = sys.modules["triton"].__version__
+    known = version.startswith("3.6.") and type(run).__name__ == "CudaLauncher"
+    if not known or run.global_scratch_size or run.profile_scratch_size:
+        return run, compiled.function, compiled.packed_metadata
+    flags = run.launch_cooperative_grid, run.launch_pdl
+    no_scratch = None, None
+    return run.launch, compiled.function, *flags, *no_scratch, compiled.packed_metadata
 
 
 def _check_storage(tensors: tuple[Tensor | None, ...]) -> None:

@@ -312,8 +312,10 @@ def _launches(rows: int, num_experts: int, tile_rows: int) -> tuple[int, int, tu
 
 
 @lru_cache(maxsize=1024)
-def _place_launch(tokens: int, top_k: int, num_experts: int, tile_rows: int) -> tuple[int, Launch]:
-    """Tiles, and what is launched where the router has counted."""
+def _place_launch(
+    tokens: int, top_k: int, num_experts: int, tile_rows: int, dtype: torch.dtype
+) -> tuple[int, Launch]:
+    """Tiles, and what is launched where the router has counted experts of this dtype."""
     rows = tokens * top_k
     blocks, buckets = counts.shape(tokens, num_experts)
     slots = counts.block_tokens(tokens) * top_k
@@ -330,7 +332,7 @@ def _place_launch(tokens: int, top_k: int, num_experts: int, tile_rows: int) -> 
     }
     grid = (programs + triton.cdiv(tiles, tile_block), 1, 1)
     numbers = (num_experts, rows, blocks, own, own * slots, programs, tiles)
-    return tiles, Launch(_place_kernel, grid, numbers, constants, PLACE_WARPS)
+    return tiles, Launch(_place_kernel, grid, numbers, constants, PLACE_WARPS, same_dtypes=True)
 
 
 def launch_sort(
@@ -346,14 +348,15 @@ def launch_sort(
     rows, new_empty = tokens * top_k, experts_TK.new_empty
     place = None
     if counted is not None:
-        tiles, place = _place_launch(tokens, top_k, num_experts, tile_rows)
+        dtype = experts_TK.dtype
+        tiles, place = _place_launch(tokens, top_k, num_experts, tile_rows, dtype)
     else:
         tiles, blocks, launches = _launches(rows, num_experts, tile_rows)
-    # sizes as separate arguments: PyTorch takes longer to read a tuple
+    # sizes as separate arguments and no dtype again: PyTorch takes longer to read more
     slot_S = new_empty(rows, dtype=torch.int64)
-    row_TK = new_empty(tokens, top_k, dtype=torch.int64)
+    row_TK = slot_S.new_empty(tokens, top_k)
     offsets = new_empty(num_experts + 1, dtype=torch.int32)
-    table = new_empty(2, tiles, dtype=torch.int32)
+    table = offsets.new_empty(2, tiles)
     if place is not None:
         place(experts_TK, counted, slot_S, row_TK, offsets, table)
         return slot_S, row_TK, offsets, table

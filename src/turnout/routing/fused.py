@@ -107,17 +107,22 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=1024)
 def _plan(
     spec: RouteSpec,
-    shape: torch.Size,
+    tokens: int,
+    width: int,
     stride: int,
     dtype: torch.dtype,
     bias: torch.dtype | None,
-    expert_scale: bool,
-    scale: bool,
-    given: bool,
+    expert_scale: torch.dtype | None,
+    scale: torch.dtype | None,
+    given: torch.dtype | None,
     libdevice: bool,
 ) -> _Plan:
-    tokens, num_experts = shape[0], shape[1] - spec.n_always
-    present = Present(bias is not None, expert_scale, scale, given)
+    """For logits of this shape, stride and dtype; the others are dtypes, None of what is absent.
+
+    With `given` the experts' dtype. All of it fixes every dtype that the kernel gets.
+    """
+    num_experts = width - spec.n_always
+    present = Present(*[found is not None for found in (bias, expert_scale, scale, given)])
     weights_dtype = torch.float32 if spec.weights_dtype == "float32" else dtype
     if not tokens:
         return _Plan(None, weights_dtype, None)
@@ -131,7 +136,9 @@ def _plan(
         block // counts.TILE,
     )  # fmt: skip
     grid = (-(-tokens // block), 1, 1)
-    launch = Launch(_kernels()[0], grid, numbers, {"RULE": rule}, counts.TILE // 32)
+    launch = Launch(
+        _kernels()[0], grid, numbers, {"RULE": rule}, counts.TILE // 32, same_dtypes=True
+    )
     return _Plan(launch, weights_dtype, counts.shape(tokens, num_experts) if count else None)
 
 
@@ -152,12 +159,21 @@ def _backward_launch(
     return Launch(_kernels()[1], grid, numbers, {"RULE": rule}, config.BACKWARD_WARPS)
 
 
-def _rows(logits_TE: Tensor) -> Tensor:
-    return logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
+def _rows(logits_TE: Tensor) -> tuple[Tensor, int]:
+    """Logits with contiguous rows, and the step from row to row."""
+    row_stride, stride = logits_TE.stride()
+    if stride == 1:
+        return logits_TE, row_stride
+    rows = logits_TE.contiguous()
+    return rows, rows.stride(0)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
+
+
+def _dtype(t: Tensor | None) -> torch.dtype | None:
+    return None if t is None else t.dtype
 
 
 def _forward(
@@ -171,20 +187,20 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Weights of the chosen and of the always-on experts. Writes `experts` unless they are given,
     and leaves their counts on them."""
-    rows = _rows(logits)
-    shape = rows.shape
+    rows, stride = _rows(logits)
+    tokens, width = rows.shape
     launch, dtype, counted_shape = _plan(
         spec,
-        shape,
-        rows.stride(0),
+        tokens,
+        width,
+        stride,
         rows.dtype,
-        None if bias is None else bias.dtype,
-        expert_scale is not None,
-        scale is not None,
-        given,
+        _dtype(bias),
+        _dtype(expert_scale),
+        _dtype(scale),
+        experts.dtype if given else None,
         not interpreting(),
     )
-    tokens, width = shape
     n_always = spec.n_always
     # sizes as separate arguments: PyTorch takes longer to read a tuple
     weights = rows.new_empty(tokens, spec.top_k, dtype=dtype)
@@ -231,7 +247,7 @@ def _backward(ctx: Any, dweights: Tensor | None, dalways: Tensor | None) -> Any:
     spec: RouteSpec = ctx.spec
     if dweights is None and dalways is None:
         return (None,) * 7
-    rows = _rows(logits)
+    rows, stride = _rows(logits)
     tokens, width = shape = rows.shape
     if dweights is None:
         dweights = logits.new_zeros(tokens, spec.top_k)
@@ -243,7 +259,7 @@ def _backward(ctx: Any, dweights: Tensor | None, dalways: Tensor | None) -> Any:
         launch = _backward_launch(
             spec,
             shape,
-            rows.stride(0),
+            stride,
             expert_scale is not None,
             scale is not None,
             not interpreting(),
