@@ -15,7 +15,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +51,7 @@ FASTER = {"fwd": 5.0, "fwd+bwd": 3.0}  # than hf
 MOST_LAUNCHES = {"fwd": 2, "fwd+bwd": 3}
 DEMANDED = ("qwen3-30b", "deepseek-v3")
 FITTING_S = 0.06  # more repeats while they fit in this
+SETTLING_S = 4.0  # before anything is timed: the first calls of a process take the host longer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +161,15 @@ def milliseconds(fn: Callable[[], object], device: torch.device, repeats: int) -
     return seconds(fn, device=device, warmup=0, repeats=count).median * 1e3
 
 
+def settle(steps: Sequence[Step]) -> None:
+    """All steps in turn, untimed."""
+    end = time.perf_counter() + SETTLING_S
+    while time.perf_counter() < end:
+        for step in steps:
+            step()
+    torch.cuda.current_stream().synchronize()
+
+
 def device_work(step: Step) -> int | None:
     """How many kernels, copies and fills a step is; nothing without a GPU."""
     if step.logits.device.type != "cuda":
@@ -256,8 +266,14 @@ def run(args: argparse.Namespace, device: torch.device, commit: str, out: Path) 
     reasons = {name: reason for name in names if (reason := missing(name, device)) is not None}
     for name, reason in reasons.items():
         print(f"{name} does not run: {reason}", flush=True)
+    settled = device.type != "cuda"
     for shape, tokens in planned(args):
         work = make_work(shape, tokens, device)
+        if not settled:
+            settle(
+                [Step(work, name, mode) for mode in MODES for name in names if name not in reasons]
+            )
+            settled = True
         for mode in MODES:
             for name in (name for name in names if name not in reasons):
                 try:

@@ -78,6 +78,8 @@ def _time_gpu(
             fn()
         starts = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
         stops = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
+        for event in (*starts, *stops):
+            event.record()  # an event is made when it is first recorded
         for start, stop in zip(starts, stops, strict=True):
             flush.zero_()
             start.record()
