@@ -5,6 +5,7 @@ Stock means: transformers' eager experts, and PEFT's own fold for adapters.
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -54,6 +55,14 @@ def with_lora(model: nn.Module, *, name: str = "default", r: int = 4, **options:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not supported and thus will be.*")
         return get_peft_model(model, LoraConfig(r=r, **options), adapter_name=name).eval()
+
+
+def pickled(model: nn.Module) -> Any:
+    """A copy of the model through pickle."""
+    for module in model.modules():
+        # local classes of the `kernels` package, which no model of transformers can be pickled with
+        vars(module).pop("_kernel_funcs", None)
+    return pickle.loads(pickle.dumps(model))
 
 
 def loss_of(out: Tensor) -> Tensor:

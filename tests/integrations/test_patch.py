@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from importlib import metadata
 from typing import Any
 
@@ -17,6 +16,7 @@ from hf_models import (
     config_values,
     experts_of,
     forward,
+    pickled,
     probe,
     relative,
     snapshot,
@@ -192,12 +192,8 @@ def _deepcopy(model: Any) -> Any:
     return copy.deepcopy(model)
 
 
-def _pickle(model: Any) -> Any:
-    return pickle.loads(pickle.dumps(model))
-
-
 @pytest.mark.parametrize("key", ["qwen3_moe", "gpt_oss", *UNDECORATED])
-@pytest.mark.parametrize("duplicate", [_deepcopy, _pickle])
+@pytest.mark.parametrize("duplicate", [_deepcopy, pickled])
 def test_a_copy_of_a_patched_peft_model_loses_the_fused_path(key: str, duplicate: Any) -> None:
     model = with_lora(tiny(key))
     report = turnout.patch(model)
@@ -212,7 +208,7 @@ def test_a_copy_of_a_patched_peft_model_loses_the_fused_path(key: str, duplicate
 
 
 @pytest.mark.parametrize("key", ["qwen3_moe", "llama4_text", "longcat_flash"])
-@pytest.mark.parametrize("duplicate", [_deepcopy, _pickle])
+@pytest.mark.parametrize("duplicate", [_deepcopy, pickled])
 def test_a_copy_shares_state_with_the_original(key: str, duplicate: Any) -> None:
     model = with_lora(tiny(key))
     turnout.patch(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -18,6 +17,7 @@ from hf_models import (
     changes,
     forward,
     loss_of,
+    pickled,
     relative,
     snapshot,
     step,
@@ -278,7 +278,7 @@ def test_patching_again_keeps_the_swapped_router() -> None:
 
 
 @pytest.mark.parametrize("key", ["qwen3_moe", "deepseek_v4", "aria_text", "inkling_text"])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 def test_a_copy_shares_its_router_with_the_original(key: str, duplicate: Any) -> None:
     model = swapped(key)
     expected = step(model, key)

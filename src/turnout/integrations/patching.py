@@ -90,7 +90,7 @@ def patch(
     for _, module, layout in layers:
         if isinstance(layout, Layout):
             state = LayerState(layout, backend, recompute, expert_dropout, patched=True)
-            _patch_module(module, state)
+            patch_module(module, state)
     root = _install_root(model)
     try:
         if router == "fused" or routing_cache:
@@ -132,7 +132,8 @@ def _check_options(
         raise ValueError(f"tune is {tune!r}; expected None or 'first-use'")
 
 
-def _patch_module(module: Any, state: LayerState) -> None:
+def patch_module(module: Any, state: LayerState) -> None:
+    """Give one experts module the state, and make transformers call turnout for it."""
     call = state.layout.call
     if call == "interface":
         state.original_config = module.config

@@ -6,7 +6,7 @@ Nothing is stored that could go stale: adapters and paths are read off the model
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from rich.console import Console
@@ -92,6 +92,21 @@ def _describe(layout: Layout) -> str:
     return " ".join(words)
 
 
+def _unless_taken(model: nn.Module, row: LayerRow) -> LayerRow:
+    """The row, or stock where `kernels` gave the block a forward that never calls the experts."""
+    path = row.name
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    block = model.get_submodule(path.rpartition(".")[0])
+    function = getattr(vars(block).get("forward"), "__func__", None)  # kernels 0.16 binds a method
+    if not hasattr(type(block), "kernel_layer_name") or function in (None, type(block).forward):
+        return row
+    if row.status == "stock" or function.__module__.startswith("turnout."):
+        return row
+    detail = f"use_kernels gave the block {function.__qualname__}; docs/kernels_hub.md"
+    return replace(row, status="stock", reason="other_kernel", detail=detail)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterRow:
     """One router: `model` runs its own forward, `fused` and `definition` are swapped; and why."""
@@ -148,7 +163,7 @@ class Report:
                 copies = {id(module.original_module), *map(id, module.modules_to_save.values())}
                 idle |= copies - {id(live(module))}
         return tuple(
-            LayerRow.of(name, module, layout)
+            _unless_taken(self._model, LayerRow.of(name, module, layout))
             for name, module, layout in expert_modules(self._model)
             if id(module) not in idle
         )
