@@ -19,7 +19,7 @@ READY := $(VENV)/.ready
 INPUTS := pyproject.toml constraints.txt
 TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 TORCH_PINS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith('triton') for r in m.requires('torch')))
-HF_FAMILY := transformers|peft|accelerate|tokenizers|safetensors|huggingface-hub
+HF_FAMILY := transformers|peft|accelerate|tokenizers|safetensors|huggingface-hub|kernels|datasets|trl
 
 # One thread per worker: the tensors in the tests are small. At most eight workers.
 PYTEST := -m pytest -n logical --maxprocesses 8 $(PYTEST_ARGS)
@@ -79,7 +79,7 @@ test-latest: .venv-floor/.ready
 	$(call install,.venv-latest,--upgrade transformers peft,sed -E '/^($(HF_FAMILY))==/d' constraints.txt)
 
 .venv-floor/.ready: $(INPUTS)
-	$(call install,.venv-floor,transformers==5.16.1 peft==0.20.0,sed -E '/^($(HF_FAMILY))==/d' constraints.txt)
+	$(call install,.venv-floor,transformers==5.16.1 peft==0.20.0 kernels==0.16.0,sed -E '/^($(HF_FAMILY))==/d' constraints.txt)
 
 clean:
 	rm -rf .venv .venv-latest .venv-floor .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs
