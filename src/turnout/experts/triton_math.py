@@ -122,6 +122,12 @@ def act_and_slope(x, ACT: tl.constexpr, ALPHA: tl.constexpr, EXACT: tl.constexpr
 
 
 @triton.jit
+def _plus(x, OFFSET: tl.constexpr):
+    """x + OFFSET; nothing is added where that is 0, which no compiler leaves out: -0 + 0 is 0."""
+    return x if OFFSET == 0 else x + OFFSET
+
+
+@triton.jit
 def glu(
     gate,
     up,
@@ -136,9 +142,9 @@ def glu(
     if LIMIT >= 0:
         up = _clamp(up, -LIMIT, LIMIT)
         if AFTER:
-            return _below(act(gate, ACT, ALPHA, EXACT), LIMIT) * (up + UP_OFFSET)
+            return _below(act(gate, ACT, ALPHA, EXACT), LIMIT) * _plus(up, UP_OFFSET)
         gate = _below(gate, LIMIT)
-    return act(gate, ACT, ALPHA, EXACT) * (up + UP_OFFSET)
+    return act(gate, ACT, ALPHA, EXACT) * _plus(up, UP_OFFSET)
 
 
 @triton.jit
@@ -156,7 +162,7 @@ def glu_backward(
     """(h, dgate, dup) from the gradient d of h."""
     if LIMIT >= 0:
         inside = (up >= -LIMIT) & (up <= LIMIT)
-        passed = _clamp(up, -LIMIT, LIMIT) + UP_OFFSET
+        passed = _plus(_clamp(up, -LIMIT, LIMIT), UP_OFFSET)
         if AFTER:
             raw, slope = act_and_slope(gate, ACT, ALPHA, EXACT)
             gated = _below(raw, LIMIT)
@@ -165,7 +171,7 @@ def glu_backward(
             gated, slope = act_and_slope(_below(gate, LIMIT), ACT, ALPHA, EXACT)
             slope = tl.where(gate <= LIMIT, slope, 0.0)
         return gated * passed, d * passed * slope, tl.where(inside, d * gated, 0.0)
-    passed = up + UP_OFFSET
+    passed = _plus(up, UP_OFFSET)
     gated, slope = act_and_slope(gate, ACT, ALPHA, EXACT)
     return gated * passed, d * passed * slope, d * gated
 
