@@ -209,14 +209,14 @@ def by_hf(work: Work, logits: Tensor) -> tuple[Tensor, ...]:
 def by_rules(work: Work, logits: Tensor) -> tuple[Tensor, ...]:
     found = rules.route(logits, work.shape.spec, bias_E=work.bias_E)
     ragged = sort_by_expert(found.experts_TK, work.shape.experts)
-    return found.experts_TK, found.weights_TK, ragged.slot_S, ragged.offsets[1:]
+    return found.experts_TK, found.weights_TK, ragged.slot_S, ragged.offsets
 
 
 def by_turnout(work: Work, logits: Tensor) -> tuple[Tensor, ...]:
     found = fused.route(logits, work.shape.spec, bias_E=work.bias_E)
     experts, num_experts = found.experts_TK, work.shape.experts
     ragged = sort_by_expert(experts, num_experts, counts_of(experts, num_experts))
-    return experts, found.weights_TK, ragged.slot_S, ragged.offsets[1:]
+    return experts, found.weights_TK, ragged.slot_S, ragged.offsets
 
 
 PROVIDERS = {"hf": by_hf, "rules": by_rules, OURS: by_turnout}
@@ -244,8 +244,9 @@ class Step:
         with torch.set_grad_enabled(self.backward):
             found = PROVIDERS[self.provider](self.work, self.logits)
         experts, weights, order, ends = found
-        results = {"experts": experts, "weights": weights.detach(), "order": order, "ends": ends}
+        results = {"experts": experts, "weights": weights, "order": order, "ends": ends}
         if self.backward:
+            results["weights"] = weights.detach()
             if self._g is None:
                 self._g = self.work.g_TK.to(weights.dtype)
             (results["dlogits"],) = torch.autograd.grad(weights, self.logits, self._g)
@@ -305,4 +306,5 @@ def _wrong_sort(work: Work, found: Results, stable: bool) -> str | None:
     if (flat[order].diff() < 0).any():
         return "rows are not sorted by expert"
     ends = torch.bincount(flat, minlength=work.shape.experts).cumsum(0)
-    return None if torch.equal(found["ends"].long(), ends) else "an expert has other rows"
+    given = found["ends"][-work.shape.experts :].long()  # offsets begin with a zero
+    return None if torch.equal(given, ends) else "an expert has other rows"
