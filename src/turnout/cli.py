@@ -127,7 +127,7 @@ def train(
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
     expert_dropout: Annotated[float, typer.Option(help="LoRA dropout on the experts.")] = 0.0,
-    backend: Annotated[str, typer.Option(help="auto, torch, triton, hopper or sonic.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, torch, triton or hopper.")] = "auto",
     router: Annotated[str, typer.Option(help="model or fused.")] = "model",
     recompute: Annotated[str, typer.Option(help="none or gate_up.")] = "none",
     save_steps: Annotated[
@@ -166,7 +166,7 @@ def bench(
     ] = None,
     recompute: Annotated[str, typer.Option(help="turnout's: none or gate_up.")] = "none",
     backend: Annotated[
-        str, typer.Option(help="turnout's: auto, torch, triton, hopper or sonic.")
+        str, typer.Option(help="turnout's: auto, torch, triton or hopper.")
     ] = "auto",
     graph: Annotated[
         bool, typer.Option("--graph", help="Add rows for replays of a CUDA graph.")

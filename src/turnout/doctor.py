@@ -19,9 +19,9 @@ from rich.text import Text
 
 from turnout._version import __version__
 from turnout.device import Device, device_of, visible_gpus, why_no_gpu
-from turnout.experts import gemm
+from turnout.experts import gemm, sonic
 from turnout.integrations.versions import MINIMUM
-from turnout.specs import BackendName, GemmProblem
+from turnout.specs import BackendName, ExpertSpec, GemmProblem
 
 # name, oldest version that works (None: any), what it is for
 PACKAGES = (
@@ -30,7 +30,7 @@ PACKAGES = (
     ("transformers", MINIMUM["transformers"], "turnout.patch, train, verify"),
     ("peft", MINIMUM["peft"], "LoRA on experts, train, adapter"),
     ("accelerate", None, "train"),
-    ("sonic-moe", None, "SonicMoE, a peer to compare with"),
+    ("sonic-moe", None, "SonicMoE, for backend='sonic' and as a peer"),
     ("kernels", None, "kernels from the Hugging Face hub"),
     ("bitsandbytes", None, "4-bit weights"),
 )
@@ -61,7 +61,10 @@ def examine() -> dict[str, Any]:
 
 
 def backends(device: Device) -> list[dict[str, Any]]:
-    """Each back end's name, whether it runs a plain LoRA-sized problem on `device`, and why not."""
+    """Each back end's name, whether it runs a plain problem on `device`, and why not.
+
+    `sonic` runs no adapters; that is no reason here.
+    """
     problem = GemmProblem(
         ragged="m",
         rows=4096,
@@ -71,10 +74,19 @@ def backends(device: Device) -> list[dict[str, Any]]:
         dtype="bfloat16" if device.arch is not None else "float32",
         weight_dtype="bfloat16" if device.arch is not None else "float32",
     )
-    built = {backend.NAME: backend for backend in gemm.BACKENDS}
+    layer = sonic.Problem(
+        spec=ExpertSpec(activation=sonic.ACTIVATION),
+        experts=problem.experts,
+        hidden=problem.k,
+        intermediate=problem.n // 2,
+        dtype="bfloat16",
+        compute="bfloat16",
+    )
+    reasons = {module.NAME: module.rejects(problem, device) for module in gemm.BACKENDS}
+    reasons[sonic.NAME] = sonic.rejects(layer, device)
     rows = []
-    for name in (name for name in get_args(BackendName) if name != "auto"):
-        reason = built[name].rejects(problem, device) if name in built else "not in this version"
+    for name in (n for n in get_args(BackendName) if n not in ("auto", sonic.MERGED)):
+        reason = reasons.get(name, "not in this version")
         rows.append({"name": name, "usable": reason is None, "reason": reason})
     return rows
 

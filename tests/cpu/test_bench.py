@@ -19,8 +19,9 @@ from turnout.bench.providers import PROVIDERS, Options, Provider, provider_named
 from turnout.bench.records import COLUMNS, Record, Row, latest, read, slug
 from turnout.bench.run import measure
 from turnout.bench.sweep import Case, Setting, default_providers, sweep
-from turnout.bench.truth import alternating, bundles, halves, make_judge, sampled
+from turnout.bench.truth import bundles, make_judge, sampled
 from turnout.bench.work import GRADIENTS, SPEC, flops, make_weights, make_work
+from turnout.experts.weights import alternating, halves
 from turnout.shapes import SHAPES, TINY, shape_named
 
 ROOT = Path(__file__).parents[2]

@@ -27,6 +27,7 @@ from turnout.bench.sweep import (
 )
 from turnout.bench.work import Mode, Routing
 from turnout.device import visible_gpus
+from turnout.experts import sonic
 from turnout.shapes import Shape, shape_named
 from turnout.specs import BackendName, Recompute, check_choice
 
@@ -64,6 +65,11 @@ def main(config: BenchConfig) -> dict[str, Any]:
     routings = choices("routing", words(config.routing, "uniform"), Routing)
     check_choice("recompute", config.recompute, Recompute)
     check_choice("backend", config.backend, BackendName)
+    if config.backend in sonic.NAMES:
+        raise ValueError(
+            f"--backend is {config.backend!r}; expected auto, torch, triton or hopper. SonicMoE "
+            "reads another row order, so it is a provider: --provider turnout-sonic,sonicmoe"
+        )
     if config.repeats < 1:
         raise ValueError(f"repeats is {config.repeats}; expected at least 1")
     cases = [

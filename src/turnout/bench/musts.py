@@ -5,6 +5,7 @@
     peak    ours below every peer's, at every shape and mode
     skew    lora16 of qwen3-30b with uneven routing, and at a T that no tile divides
     decode  fwd of a few tokens: not slower than batched_mm and grouped_mm
+    wrapped turnout-sonic at most 2 % over sonicmoe called directly, where both were timed
     error   no red gate of ours
 
 Byte counts per T*H and S = T*K rows: x is T*H*2, z is S*2F*2, the two intermediates of the adapters
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 
 from turnout.bench.records import Row, latest
 from turnout.bench.run import GRAPH, MIB
@@ -27,6 +29,7 @@ from turnout.bench.work import RANK, Mode, flops
 from turnout.shapes import SHAPES, Shape, shape_named
 
 OURS = "turnout"
+WRAPPED, BARE, WRAPPING = "turnout-sonic", "sonicmoe", 1.02  # at most, of the bare peer's time
 LORA_SPEED = {
     "qwen3-30b": 1.4,
     "sonic-readme": 1.4,
@@ -136,7 +139,7 @@ class _Table:
             row
             for row in self.rows
             if row.key[:5] == (shape.name, shape.tokens, mode, "uniform", "none")
-            and row.provider != OURS
+            and row.provider not in (OURS, WRAPPED)
             and row.ms is not None
         ]
 
@@ -173,8 +176,21 @@ def _main(table: _Table) -> list[Must]:
             found.append(_scatter(table, shape, mode))
     for shape in SHAPES:
         found.append(_saved(table, shape, "none"))
+    found += _wrapping(table)
     for shape in SHAPES:
         found += [_peak(table, shape, mode) for mode in ("fwd", "full", "lora16")]
+    return found
+
+
+def _wrapping(table: _Table) -> list[Must]:
+    """SonicMoE as a back end over SonicMoE called directly, where both were timed."""
+    modes: tuple[Mode, ...] = ("fwd", "full")
+    found = []
+    for shape, mode in product(SHAPES, modes):
+        ours, bare = (table.ms(shape, mode, name) for name in (WRAPPED, BARE))
+        if ours and bare:
+            name = f"{shape.name} {mode}: back end sonic / bare"
+            found.append(Must(name, ours / bare, WRAPPING, False, BARE))
     return found
 
 

@@ -79,6 +79,7 @@ def _is_standard(row: Row) -> bool:
     return (
         row.fraction is not None
         and row.provider in PROVIDERS
+        and not PROVIDERS[row.provider].backend  # the peer itself is there
         and not row.provider.endswith(GRAPH)
         and tokens.get(row.shape) == row.tokens
         and (row.routing, row.recompute) == ("uniform", "none")

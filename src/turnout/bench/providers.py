@@ -7,7 +7,8 @@ gate and up rows alternate) is made before. A peer's package is imported when it
 
 `lora16` by name: turnout's and axolotl's adapters are fused; split-lora adds them as grouped
 products; grouped_mm, sonicmoe and liger run on weights merged in every step, W + s * B A, as PEFT
-does.
+does. turnout-sonic is SonicMoE through `expert_mlp`: `backend="sonic"`, in `lora16`
+`"sonic-merged"`, which merges in the backward pass again and keeps no copy.
 
 Legend: T tokens, K experts per token, S = T*K rows, E experts, H hidden, F intermediate,
 G = 2F gate and up, R LoRA rank, I/O in and out of one projection.
@@ -30,10 +31,13 @@ from torch import Tensor
 
 from turnout.bench.truth import bundles
 from turnout.bench.work import DTYPE, RANK, SCALING, SPEC, Leaves, Mode, Work
+from turnout.device import device_of
+from turnout.experts import sonic
 from turnout.experts.ops import expert_mlp
 from turnout.experts.reference import expert_mlp as definition
-from turnout.specs import BackendName, Recompute
+from turnout.specs import BackendName, ExpertSpec, Recompute
 
+SONIC_SPEC = ExpertSpec(activation=sonic.ACTIVATION)
 Run = Callable[[Leaves], Tensor]
 
 
@@ -53,6 +57,7 @@ class Provider:
         missing: None if it can run on this device, else the reason in words.
         prepare: imports the package and returns `run`.
         interleaved: rows of gate_up, and of its B, alternate between gate and up.
+        backend: of turnout, where the name of the provider stands for one.
         waits: the host waits for the device in a step, so no CUDA graph can capture it.
     """
 
@@ -62,6 +67,7 @@ class Provider:
     prepare: Callable[[Work, Mode, Options], Run]
     interleaved: bool = False
     waits: bool = False
+    backend: str = ""
 
     @property
     def is_ours(self) -> bool:
@@ -120,11 +126,12 @@ def provider(
     *,
     interleaved: bool = False,
     waits: bool = False,
+    backend: str = "",
 ) -> Callable[[Callable[[Work, Mode, Options], Run]], Callable[[Work, Mode, Options], Run]]:
     """Registers `prepare` as a provider."""
 
     def register(prepare: Callable[[Work, Mode, Options], Run]) -> Any:
-        PROVIDERS[name] = Provider(name, modes, missing, prepare, interleaved, waits)
+        PROVIDERS[name] = Provider(name, modes, missing, prepare, interleaved, waits, backend)
         return prepare
 
     return register
@@ -139,6 +146,44 @@ def provider_named(name: str) -> Provider:
     if name not in PROVIDERS:
         raise ValueError(f"provider is {name!r}; expected one of {', '.join(PROVIDERS)}")
     return PROVIDERS[name]
+
+
+def _sonic_missing(device: torch.device) -> str | None:
+    """Of a layer at the least sizes: what device or package do not allow."""
+    layer = sonic.Problem(
+        spec=SONIC_SPEC,
+        experts=1,
+        hidden=sonic.LEAST_HIDDEN,
+        intermediate=sonic.MULTIPLE,
+        dtype="bfloat16",
+        compute="bfloat16",
+    )
+    return sonic.rejects(layer, device_of(device))
+
+
+@provider(
+    "turnout-sonic",
+    ("fwd", "full", "lora16"),
+    _sonic_missing,
+    interleaved=True,
+    backend=sonic.NAME,
+)
+def _turnout_sonic(work: Work, mode: Mode, options: Options) -> Run:
+    backend: BackendName = "sonic-merged" if mode == "lora16" else "sonic"
+
+    def run(leaves: Leaves) -> Tensor:
+        weights, lora = bundles(leaves)
+        return expert_mlp(
+            leaves.x,
+            work.experts_TK,
+            leaves.weights_TK,
+            weights,
+            SONIC_SPEC,
+            lora=lora,
+            backend=backend,
+        )
+
+    return run
 
 
 @provider("turnout", ("fwd", "full", "lora16"))

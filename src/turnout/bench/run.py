@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from turnout.bench.providers import Options, Provider, Run
-from turnout.bench.truth import Judge, Results, alternating, sampled
+from turnout.bench.truth import Judge, Results, sampled
 from turnout.bench.work import DTYPE, GRADIENTS, Leaves, Mode, Work, flops
+from turnout.experts.weights import alternating
 from turnout.launch import recording
 from turnout.measure import seconds
 
@@ -88,7 +89,9 @@ def measure(
     measured = Measured(
         provider=provider.name,
         first_s=first.median,
-        backend="+".join(sorted(ran)) or (options.backend if provider.is_ours else ""),
+        backend=provider.backend
+        or "+".join(sorted(ran))
+        or (options.backend if provider.is_ours else ""),
         config_source="default" if provider.is_ours else "",
     )
     rel_err, reason = _verdict(judge, found.pop(), provider)

@@ -29,7 +29,7 @@ from turnout.bench.work import (
     make_work,
 )
 from turnout.experts.reference import expert_mlp
-from turnout.experts.weights import ExpertWeights, Lora, LoraWeights
+from turnout.experts.weights import ExpertWeights, Lora, LoraWeights, halves
 from turnout.testing import assert_within, errors
 
 PEER_LIMIT = 5e-2
@@ -112,18 +112,6 @@ def sampled(results: Results, sample: tuple[int, ...], *, interleaved: bool = Fa
             value = halves(value, 1 if name == "gate_up" else 0)
         found[name] = value
     return found
-
-
-def alternating(tensor: Tensor, dim: int) -> Tensor:
-    """Rows gate 0, up 0, gate 1, ... of rows gate 0, gate 1, ..., up 0, ..., a contiguous copy."""
-    gate, up = tensor.chunk(2, dim)
-    return torch.stack((gate, up), dim + 1).flatten(dim, dim + 1)
-
-
-def halves(tensor: Tensor, dim: int) -> Tensor:
-    """The inverse of `alternating`."""
-    pairs = tensor.unflatten(dim, (-1, 2))
-    return torch.cat((pairs.select(dim + 1, 0), pairs.select(dim + 1, 1)), dim)
 
 
 def bundles(leaves: Leaves) -> tuple[ExpertWeights, LoraWeights]:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from turnout.experts import passes
+from turnout.experts import passes, sonic
 from turnout.experts.dropout import draw_seed
-from turnout.experts.gemm import adapter_intermediate
+from turnout.experts.gemm import adapter_intermediate, backend_named
 from turnout.experts.weights import (
     Dims,
     ExpertWeights,
@@ -292,7 +292,8 @@ def expert_mlp(
         spec: layout and activation.
         lora: adapters of the two projections, in their own dtype and PEFT's storage.
         recompute: `gate_up` keeps no (S, G) pre-activation and computes it again in backward.
-        backend: `auto`, or the name of one back end.
+        backend: `auto`, or the name of one back end. `sonic` and `sonic-merged` are SonicMoE, which
+            runs the whole op (`turnout.experts.sonic`).
         expert_dropout: probability, on the adapters' inputs; applied whenever it is above 0.
 
     Returns:
@@ -324,6 +325,19 @@ def expert_mlp(
         )
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
+    if backend in sonic.NAMES:
+        return sonic.expert_mlp(
+            x_TH,
+            experts_TK,
+            weights_TK,
+            weights,
+            spec,
+            lora=lora,
+            backend=backend,
+            dtype=dtype,
+            recompute=recompute != "none",
+            dropout=expert_dropout > 0,
+        )
     up, down = lora.gate_up, lora.down
     seed = draw_seed(x_TH.device) if expert_dropout > 0 and (up or down) else None
     tensors = (
@@ -351,6 +365,14 @@ def expert_mlp(
         keep,
     )
     return out
+
+
+def check_backend(backend: str) -> None:
+    """Raise `Unsupported` unless this version has the back end and its package is installed."""
+    if backend in sonic.NAMES:
+        sonic.require(backend)
+    elif backend != "auto":
+        backend_named(backend)
 
 
 def _check_inputs(

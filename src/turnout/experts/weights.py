@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from turnout.specs import ExpertSpec
@@ -78,6 +79,18 @@ def gate_up_EGH(weights: ExpertWeights, spec: ExpertSpec) -> Tensor:
 def down_EHF(weights: ExpertWeights, spec: ExpertSpec) -> Tensor:
     """`down` viewed as (E, H, F), whatever its storage."""
     return weights.down.transpose(1, 2) if spec.transposed else weights.down
+
+
+def alternating(tensor: Tensor, dim: int) -> Tensor:
+    """Rows gate 0, up 0, gate 1, ... of rows gate 0, gate 1, ..., up 0, ..., a contiguous copy."""
+    gate, up = tensor.chunk(2, dim)
+    return torch.stack((gate, up), dim + 1).flatten(dim, dim + 1)
+
+
+def halves(tensor: Tensor, dim: int) -> Tensor:
+    """The inverse of `alternating`."""
+    pairs = tensor.unflatten(dim, (-1, 2))
+    return torch.cat((pairs.select(dim + 1, 0), pairs.select(dim + 1, 1)), dim)
 
 
 def check_weights(weights: ExpertWeights, spec: ExpertSpec) -> Dims:

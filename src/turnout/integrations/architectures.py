@@ -257,10 +257,11 @@ def _decorated_layout(module: Any) -> Layout | Stock:
 
 
 def get_path(module: nn.Module, path: str) -> Any:
-    """The attribute at a dotted path."""
+    """The attribute at a dotted path; a parameter is read past a guard on its name."""
     value: Any = module
     for part in path.split("."):
-        value = getattr(value, part)
+        found = vars(value).get("_parameters", {}).get(part)
+        value = getattr(value, part) if found is None else found
     return value
 
 
@@ -276,7 +277,7 @@ def foreign_parametrization(module: nn.Module, name: str) -> str:
 def _check_stacks(module: nn.Module, *paths: str) -> Stock | None:
     for path in paths:
         head = path.split(".")[0]
-        if not hasattr(module, head):
+        if module._parameters.get(head) is None and not hasattr(module, head):
             return Stock("no_3d_weights", f"{type(module).__name__} has no {path}")
         weight = get_path(module, path)
         if not isinstance(weight, torch.Tensor):

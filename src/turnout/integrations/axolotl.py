@@ -38,7 +38,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from turnout._version import __version__
-from turnout.experts.gemm import backend_named
+from turnout.experts.ops import check_backend
 from turnout.integrations import axolotl_rules as rules
 from turnout.integrations.patching import patch
 from turnout.integrations.report import Report
@@ -116,9 +116,7 @@ class TurnoutPlugin(BasePlugin):
             Unsupported: this version of turnout does not have the back end.
         """
         _refuse(cfg)
-        backend = rules.patch_options(cfg)["backend"]
-        if backend != "auto":
-            backend_named(backend)
+        check_backend(rules.patch_options(cfg)["backend"])
         for note in rules.notes(cfg):
             LOG.warning("turnout: %s", note)
 

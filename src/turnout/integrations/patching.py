@@ -17,8 +17,9 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from turnout.experts.gemm import backend_named
-from turnout.integrations import checkpoints, peft
+from turnout.experts.ops import check_backend
+from turnout.experts.sonic import NAMES as SONIC
+from turnout.integrations import checkpoints, peft, sonic
 from turnout.integrations.architectures import (
     Layout,
     Stock,
@@ -54,7 +55,9 @@ def patch(
 
     Args:
         model: a transformers model, or a PEFT model around one.
-        backend: `auto`, or the one back end to use.
+        backend: `auto`, or the one back end to use. `sonic` is SonicMoE, whose package has to be
+            there: it reorders the rows of gate_up in place until `unpatch`, and runs every layer
+            or none; `sonic-merged` also merges adapters, in every forward (docs/sonic.md).
         router: `model` keeps the forward of the model's own routers. `fused` swaps it, on each
             instance, for one that computes the same logits, calls `turnout.route`, and returns the
             same tuple with the same dtypes; hooks and adapters on routers go on working. Routers
@@ -87,6 +90,8 @@ def patch(
             f"{type(model).__name__} has no MoE layer that turnout knows; expected a transformers "
             "model with routed experts. docs/support.md lists the architectures"
         )
+    if backend in SONIC:
+        sonic.check(layers, backend, recompute, expert_dropout)
     for _, module, layout in layers:
         if isinstance(layout, Layout):
             state = LayerState(layout, backend, recompute, expert_dropout, patched=True)
@@ -98,6 +103,7 @@ def patch(
         if routing_cache:
             root.handles += checkpoints.follow(model, strict=False)
         peft.attach(model)
+        sonic.start(model)
     except (ValueError, Unsupported):
         unpatch(model)
         raise
@@ -126,8 +132,7 @@ def _check_options(
         check_choice(what, got, choices)
     if not 0.0 <= expert_dropout < 1.0:
         raise ValueError(f"expert_dropout is {expert_dropout!r}; expected 0 <= p < 1")
-    if backend != "auto":
-        backend_named(backend)
+    check_backend(backend)
     if tune not in (None, "first-use"):
         raise ValueError(f"tune is {tune!r}; expected None or 'first-use'")
 
@@ -212,6 +217,7 @@ def unpatch(model: nn.Module) -> None:
         restore(module)
         state = state_of(module)
         if state is not None:
+            sonic.stop(state)
             if state.original_config is not None:
                 module.config = state.original_config
             del vars(module)[ATTRIBUTE]

@@ -23,6 +23,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from turnout.experts.sonic import NAMES as SONIC
 from turnout.experts.weights import Lora
 from turnout.integrations.architectures import (
     Layout,
@@ -34,6 +35,12 @@ from turnout.integrations.architectures import (
     stack_holder,
 )
 from turnout.integrations.routers import adapted_router
+from turnout.integrations.sonic import (
+    guard_merging,
+    merge_cost,
+    refuse_adapters,
+    release_merging,
+)
 from turnout.integrations.state import LayerState, state_of
 from turnout.specs import Unsupported
 
@@ -99,8 +106,13 @@ def _path(wrapper: Any, owner: Layout | Stock) -> str:
     if not adapters:
         return "no active adapter"
     reason = _not_fused(wrapper, adapters, owner)
+    state = state_of(wrapper.get_base_layer())
+    is_sonic = state is not None and state.backend in SONIC
     if reason is not None:
-        return f"PEFT's own fold: {reason}"
+        way = "raises" if is_sonic else "PEFT's own fold"
+        return f"{way}: {reason}"
+    if state is not None and is_sonic:
+        return merge_cost(wrapper.get_base_layer(), state.layout, [wrapper.parameter_name])
     return f"fused: adapter {adapters[0]!r}, rank {wrapper.r[adapters[0]]}"
 
 
@@ -124,6 +136,9 @@ def attach_chain(wrapper: Any) -> None:
     """Give a wrapper, and those nested in it, the fused path where it applies."""
     state = state_of(live(wrapper))
     while "lora_A" in wrapper._modules:
+        if state is not None and state.backend in SONIC:
+            refuse_adapters(wrapper, state)
+            guard_merging(wrapper)
         if state is not None and state.layout.fused_lora and "_activate_lora" not in vars(wrapper):
             wrapper._activate_lora = partial(_activate, wrapper)
         wrapper = wrapper.base_layer
@@ -132,6 +147,7 @@ def attach_chain(wrapper: Any) -> None:
 def detach(model: nn.Module) -> None:
     """Undo `attach`."""
     for module in model.modules():
+        release_merging(module)
         vars(module).pop("_activate_lora", None)
         vars(module).pop(WARNED, None)
 

@@ -24,6 +24,7 @@ from turnout.integrations.architectures import (
 )
 from turnout.integrations.router_forward import STATE
 from turnout.integrations.router_places import Place, places, why_definition
+from turnout.integrations.sonic import describe
 from turnout.integrations.state import state_of
 from turnout.specs import Unsupported
 
@@ -60,12 +61,13 @@ class LayerRow:
         down = _parameter(holder, layout.down)
         outer, inner = (2, 1) if layout.spec.transposed else (1, 2)
         known = down.dim() == 3
-        patched = state_of(holder) is not None
+        state = state_of(holder)
+        patched = state is not None
         return cls(
             name=name,
             experts_class=kind,
             status="fused" if patched else "unpatched",
-            detail="" if patched else "turnout.unpatch was called",
+            detail="turnout.unpatch was called" if state is None else describe(state),
             num_experts=down.shape[0] if known else None,
             hidden=down.shape[outer] if known else None,
             intermediate=down.shape[inner] if known else None,
@@ -79,7 +81,7 @@ def _parameter(module: nn.Module, path: str) -> Any:
     head, _, tail = path.partition(".")
     if tail:
         return get_path(live(getattr(module, head)), tail)
-    return getattr(module, head)
+    return get_path(module, head)
 
 
 def _describe(layout: Layout) -> str:

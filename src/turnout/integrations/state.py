@@ -13,6 +13,7 @@ from torch import nn
 
 from turnout.experts.weights import Lora
 from turnout.integrations.architectures import Layout
+from turnout.integrations.interleave import Interleaved
 from turnout.specs import BackendName, Recompute
 
 ATTRIBUTE = "_turnout"
@@ -29,6 +30,7 @@ class LayerState:
         original_config: the config object the module had, for `unpatch`.
         lora: factors by parameter name, present only while a PEFT wrapper's forward runs.
         lora_read: the experts ran since the factors were deposited.
+        interleaved: the rows of gate_up are in SonicMoE's order, and `layout` says so.
     """
 
     layout: Layout
@@ -39,6 +41,7 @@ class LayerState:
     original_config: Any = None
     lora: dict[str, Lora] = field(default_factory=dict)
     lora_read: bool = False
+    interleaved: Interleaved | None = None
 
 
 def state_of(module: nn.Module) -> LayerState | None:

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from turnout.experts.ops import expert_mlp
+from turnout.experts.sonic import for_sonic
 from turnout.experts.weights import ExpertWeights, LoraWeights
 from turnout.integrations.architectures import Layout, Stock, get_path, layout_of
 from turnout.integrations.state import ATTRIBUTE, LayerState, state_of
@@ -59,31 +60,39 @@ def run(
     `num_experts` leaves out stacked experts past that number.
     """
     layout = state.layout
-    stacks = _stacks(module, layout)
+    weights = stacks(module, layout)
     if num_experts is not None:
-        stacks = replace(stacks, gate_up=stacks.gate_up[:num_experts])
+        weights = replace(weights, gate_up=weights.gate_up[:num_experts])
     state.lora_read = True
+    up = state.lora.get(layout.gate_up)
+    if up is not None and state.interleaved is not None:
+        up = for_sonic(up)
     return expert_mlp(
         x,
         experts,
         weights_TK,
-        stacks,
+        weights,
         layout.spec,
-        lora=LoraWeights(state.lora.get(layout.gate_up), state.lora.get(layout.down)),
+        lora=LoraWeights(up, state.lora.get(layout.down)),
         recompute=state.recompute,
         backend=state.backend,
         expert_dropout=state.expert_dropout if module.training else 0.0,
     )
 
 
-def _stacks(module: nn.Module, layout: Layout) -> ExpertWeights:
-    stacks = ExpertWeights(
+def stacks(module: nn.Module, layout: Layout) -> ExpertWeights:
+    """The module's own tensors as they lie.
+
+    Raises:
+        Unsupported: DTensor, ZeRO-3 or quantised weights.
+    """
+    found = ExpertWeights(
         get_path(module, layout.gate_up),
         get_path(module, layout.down),
         None if layout.gate_up_bias is None else get_path(module, layout.gate_up_bias),
         None if layout.down_bias is None else get_path(module, layout.down_bias),
     )
-    for name, weight in ((layout.gate_up, stacks.gate_up), (layout.down, stacks.down)):
+    for name, weight in ((layout.gate_up, found.gate_up), (layout.down, found.down)):
         if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") or weight.numel() == 0:
             kind = (
                 "a DTensor" if hasattr(weight, "device_mesh") else "empty or partitioned (ZeRO-3)"
@@ -97,7 +106,7 @@ def _stacks(module: nn.Module, layout: Layout) -> ExpertWeights:
                 f"{name} of {type(module).__name__} is {weight.dtype}; quantised experts are not "
                 "supported. Load the model in bfloat16"
             )
-    return stacks
+    return found
 
 
 def _register(module: nn.Module) -> LayerState:

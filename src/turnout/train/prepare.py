@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 
 import turnout
+from turnout.experts import sonic
+from turnout.specs import Unsupported
 from turnout.train import builtin, corpus, folder
 from turnout.train.checkpoint import check_checkpoint, check_fits, load_model, load_tokenizer
 from turnout.train.config import Numbers, TrainConfig
@@ -143,6 +145,12 @@ def _data(config: TrainConfig, tokenizer: Any) -> Data:
 def _check_model(model: Any, data: Data, config: TrainConfig) -> None:
     """The model has experts to adapt, takes the tokens, and turnout accepts the options for it."""
     check_fits(model, data, config.row_tokens)
+    if config.backend in sonic.NAMES:
+        raise Unsupported(
+            f"--backend is {config.backend!r}; turnout train trains adapters, which SonicMoE has "
+            "no products for; expected auto, torch, triton or hopper. docs/sonic.md has what "
+            "turnout.patch can do with SonicMoE"
+        )
     turnout.lora_targets(model)
     turnout.patch(model, **_patch_options(config))
     turnout.unpatch(model)
