@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turnout.device import Device
-from turnout.experts import sonic, sonic_package
+from turnout.experts import sonic, sonic_package, sonic_rules
 
 H100 = Device(name="NVIDIA H100", arch=90, num_sms=132, shared_memory=1, memory_bytes=1, l2_bytes=1)
 
@@ -243,10 +243,10 @@ def install(
     Calls.forwards = []
     monkeypatch.setitem(sys.modules, "sonicmoe", module)
     monkeypatch.setattr(sonic_package, "_given", None)
-    monkeypatch.setattr(sonic, "_seen", {})
+    monkeypatch.setattr(sonic, "_trained", {})
     monkeypatch.setattr(sonic, "device_of", lambda device: H100)
     if not limits:
-        monkeypatch.setattr(sonic, "MULTIPLE", 1)
-        monkeypatch.setattr(sonic, "LEAST_HIDDEN", 1)
-        monkeypatch.setattr(sonic, "DTYPES", ("float32", "bfloat16"))
+        monkeypatch.setattr(sonic_rules, "MULTIPLE", 1)
+        monkeypatch.setattr(sonic_rules, "LEAST_HIDDEN", 1)
+        monkeypatch.setattr(sonic_rules, "DTYPES", ("float32", "bfloat16"))
     return module

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fake_sonicmoe
 from turnout import cli, reference
-from turnout.bench import musts, providers, run
+from turnout.bench import command, musts, providers, run
 from turnout.bench.plot import plot
 from turnout.bench.providers import PROVIDERS, Options, Provider, provider_named
 from turnout.bench.records import COLUMNS, Record, Row, latest, read, slug
@@ -21,6 +22,7 @@ from turnout.bench.run import measure
 from turnout.bench.sweep import Case, Setting, default_providers, sweep
 from turnout.bench.truth import bundles, make_judge, sampled
 from turnout.bench.work import GRADIENTS, SPEC, flops, make_weights, make_work
+from turnout.experts import sonic
 from turnout.experts.weights import alternating, halves
 from turnout.shapes import SHAPES, TINY, shape_named
 
@@ -264,6 +266,38 @@ def test_peer_that_does_not_import_gives_its_reason(monkeypatch):
     monkeypatch.setattr(providers, "import_module", fail)
     assert "no nvcc" in PROVIDERS["sonicmoe"].missing(torch.device("cuda"))
     assert PROVIDERS["sonicmoe"].missing(CPU) == "needs a GPU"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("form", ["functions", "flat"])
+def test_sonicmoe_as_a_back_end_passes_the_gate(mode, form, work, judges, monkeypatch):
+    """Beside the bare peer; a stand-in for the package computes."""
+    fake_sonicmoe.install(monkeypatch, form)
+    (measured,) = measure(PROVIDERS["turnout-sonic"], work, mode, judges[mode], repeats=1)
+    assert measured.reason is None
+    assert measured.backend == "sonic"
+    assert measured.provider == "turnout-sonic"
+    assert len(fake_sonicmoe.Calls.forwards) > 1
+    monkeypatch.setattr(sonic, "rejects", lambda problem, device: "no such GPU")
+    assert PROVIDERS["turnout-sonic"].missing(CPU) == "no such GPU"
+
+
+def test_sonicmoe_is_no_back_end_of_the_row_turnout(monkeypatch, capsys):
+    with pytest.raises(ValueError, match="--provider turnout-sonic,sonicmoe"):
+        command.main(command.BenchConfig(backend="sonic", device="cpu"))
+
+
+def test_the_wrapper_is_judged_by_the_bare_peer():
+    name = "qwen3-30b full: back end sonic / bare"
+    both = {"mode": "full", "recompute": "none"}
+    rows = [row(provider="sonicmoe", ms=7.5, **both)]
+    assert name not in found(rows)
+    must = found([*rows, row(provider="turnout-sonic", ms=7.6, **both)])[name]
+    assert must.passed
+    assert must.got == pytest.approx(7.6 / 7.5)
+    assert not found([*rows, row(provider="turnout-sonic", ms=7.7, **both)])[name].passed
+    fast = [row(ms=6.0), row(provider="turnout-sonic", ms=5.0), row(provider="liger", ms=8.0)]
+    assert found(fast)["qwen3-30b lora16: speed / fastest peer"].note == "liger"
 
 
 def test_batched_mm_is_for_few_tokens():

@@ -214,8 +214,23 @@ def test_an_earlier_size_is_trained_again_with_the_buffer_of_a_later_one() -> No
     train(200)
     train(200)
     random_problem(intermediate=20, **PLAIN).call(backend="sonic")  # no gradients, no buffer
-    with pytest.raises(Unsupported, match=r"F = 200 after those of F = 20.*one size per process"):
+    train(20 + 128)  # compiled for the first time, with its own size
+    with pytest.raises(Unsupported, match=r"F = 148 after those of F = 20.*one size per process"):
         train(20)
+
+
+@pytest.mark.usefixtures("functions")
+def test_the_order_of_forwards_hides_the_order_of_compilations() -> None:
+    """It compiles in the backward pass: here the smaller size is the last one."""
+    outs = []
+    for intermediate in (20, 200):
+        one = random_problem(intermediate=intermediate, tokens=4, **PLAIN)
+        one["x"].requires_grad_()
+        outs.append(one.call(backend="sonic"))
+    outs[1].sum().backward()
+    outs[0].sum().backward()
+    with pytest.raises(Unsupported, match="F = 20 after those of F = 200"):
+        run(random_problem(intermediate=200, tokens=4, **PLAIN), backend="sonic")
 
 
 def test_release_0_1_has_no_such_buffer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from turnout.testing import assert_within, errors
 E, H, INNER, TOKENS = 16, 512, 256, 300
 SPEC, ALTERNATING = ExpertSpec(), ExpertSpec(activation=Activation(interleaved=True))
 PEER = 4.0
+SEEDS = 4
 LAYER = sonic.Problem(
     spec=ALTERNATING,
     experts=E,
@@ -131,10 +132,12 @@ class Block(nn.Module):
         return (out if shared is None else out + shared), routing.experts_TK
 
 
-def results(case: Case, how: str, chosen: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+def results(
+    case: Case, how: str, chosen: Tensor | None, seed: int = 0
+) -> tuple[dict[str, Tensor], Tensor]:
     """Output and every gradient, and the experts."""
-    block = Block(case)
-    generator = torch.Generator(DEVICE).manual_seed(1)
+    block = Block(case, seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed + 1000)
     x, dout = (
         torch.randn(TOKENS, H, generator=generator, device=DEVICE).bfloat16() for _ in range(2)
     )
@@ -150,16 +153,20 @@ def results(case: Case, how: str, chosen: Tensor | None) -> tuple[dict[str, Tens
 @pytest.mark.parametrize("name", CASES)
 def test_a_block_differs_between_ours_sonicmoe_and_the_definition(name: str) -> None:
     case = CASES[name]
-    _, chosen = results(case, "eager", None)
-    exact, _ = results(case, "exact", chosen)
-    eager, _ = results(case, "eager", chosen)
+    allowed: dict[str, tuple[float, float]] = {}
+    for seed in reversed(range(SEEDS)):  # the maximum of one small tensor is luck; seed 0 is last
+        _, chosen = results(case, "eager", None, seed)
+        exact, _ = results(case, "exact", chosen, seed)
+        eager, _ = results(case, "eager", chosen, seed)
+        for key, value in eager.items():
+            worst, rms = errors(value, exact[key])
+            allowed[key] = max(worst, allowed.get(key, (0.0, 0.0))[0]), rms
     for how, factor in (("ours", 2.0), ("sonic", PEER)):
         got, experts = results(case, how, chosen)
         assert torch.equal(experts.long(), chosen.long())
         assert got.keys() == exact.keys(), how
         for key, value in got.items():
-            allowed = errors(eager[key], exact[key])
-            assert_within(f"{how} {key}", value, exact[key], allowed, factor)
+            assert_within(f"{how} {key}", value, exact[key], allowed[key], factor)
     if case.bias:
         assert not any("correction_bias" in key for key in exact), "it decides, and gets nothing"
 

@@ -470,9 +470,10 @@ def test_sequences_longer_than_the_model_are_refused(checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_options_that_turnout_lacks_are_refused_before_work(checkpoint, text, tmp_path):
-    with pytest.raises(turnout.Unsupported, match="sonic"):
-        run(config(checkpoint, text, tmp_path / "out", backend="sonic"))
+@pytest.mark.parametrize("backend", ["sonic", "sonic-merged"])
+def test_options_that_turnout_lacks_are_refused_before_work(checkpoint, text, tmp_path, backend):
+    with pytest.raises(turnout.Unsupported, match="trains adapters, which SonicMoE has no"):
+        run(config(checkpoint, text, tmp_path / "out", backend=backend))
     assert not (tmp_path / "out").exists()
 
 

@@ -21,139 +21,47 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from turnout.device import Device, device_of
+from turnout.device import device_of
 from turnout.experts import reference
-from turnout.experts.sonic_package import Package, missing, package, use
+from turnout.experts.sonic_package import Package, package, use
+from turnout.experts.sonic_rules import (
+    ACTIVATION,
+    LEAST_HIDDEN,
+    MERGED,
+    MULTIPLE,
+    NAME,
+    NAMES,
+    Problem,
+    problem_of,
+    rejects,
+    require,
+)
 from turnout.experts.weights import ExpertWeights, Lora, LoraWeights, alternating
 from turnout.ragged import counts_of, sort_by_expert
 from turnout.routing.rules import Routing
-from turnout.specs import Activation, ExpertSpec, Unsupported
+from turnout.specs import ExpertSpec, Unsupported
 
-__all__ = ["MERGED", "NAME", "NAMES", "Problem", "expert_mlp", "rejects", "require", "use"]
-
-NAME = "sonic"
-MERGED = "sonic-merged"
-NAMES = (NAME, MERGED)
-
-ACTIVATION = Activation(interleaved=True)
-MULTIPLE, LEAST_HIDDEN = 64, 512  # asserted by release 0.0.1 for H and F; asked of all releases
-DTYPES = ("bfloat16",)  # what its own tests run
-GENERATIONS = (9, 10)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """What SonicMoE is asked to run.
-
-    Attributes:
-        spec: layout and activation, as the stacks lie now.
-        experts, hidden, intermediate: E, H, F.
-        dtype: torch dtype name of the stacks; `compute` of the products.
-        bias, lora, dropout: there are biases; there are adapters; their inputs are masked.
-        recompute: the pre-activation must not be kept.
-        merged: adapters may be merged into copies of the stacks.
-        dense: the stacks are contiguous and begin at a multiple of 16 bytes.
-    """
-
-    spec: ExpertSpec
-    experts: int
-    hidden: int
-    intermediate: int
-    dtype: str
-    compute: str
-    bias: bool = False
-    lora: bool = False
-    dropout: bool = False
-    recompute: bool = False
-    merged: bool = False
-    dense: bool = True
-
-
-def rejects(problem: Problem, device: Device) -> str | None:
-    """Why SonicMoE does not run this on that device, or None."""
-    return (
-        missing() or _rejects_device(device) or _rejects_problem(problem) or _rejects_form(device)
-    )
-
-
-def require(backend: str) -> None:
-    """Raise `Unsupported` unless there is a SonicMoE that can be called, whatever the GPU."""
-    reason = missing()
-    if reason is None:
-        found = package()
-        reason = found if isinstance(found, str) else None
-    if reason is not None:
-        raise Unsupported(f"backend={backend!r} can not run: {reason}")
-
-
-def _rejects_device(device: Device) -> str | None:
-    if device.arch is None:
-        return f"it needs an NVIDIA GPU of sm_90 or newer; got {device.name}"
-    if device.arch // 10 not in GENERATIONS:
-        return f"{device.name} is sm_{device.arch}; expected sm_90, sm_100 or sm_103"
-    return None
-
-
-def _rejects_form(device: Device) -> str | None:
-    found = package()
-    if isinstance(found, str):
-        return found
-    assert device.arch is not None
-    if device.arch // 10 == 10 and not found.is_quack:
-        return (
-            f"{device.name} is sm_{device.arch} and this release runs its own kernels for sm_90; "
-            "take a release from 0.1 on, or start Python with SonicMoE's USE_QUACK_GEMM=1"
-        )
-    return None
-
-
-def _rejects_problem(problem: Problem) -> str | None:
-    """The reason that no device and no release changes."""
-    spec, act = problem.spec, problem.spec.activation
-    plain = Activation(interleaved=act.interleaved) if act.gated else None
-    if act != plain:
-        return f"activation: it computes silu(gate) * up; got {act}"
-    if problem.bias:
-        return "bias: its kernels are used without biases; these experts have some"
-    if spec.weight_on_input:
-        return "layout: it weights the expert's output; the spec says weight_on_input"
-    if spec.transposed or not problem.dense:
-        how = "transposed" if spec.transposed else "strided or not aligned to 16 bytes"
-        return f"layout: expected contiguous stacks (E, 2F, H) and (E, H, F); these are {how}"
-    if not act.interleaved:
-        return (
-            "layout: gate and up lie in two halves; expected rows that alternate. turnout.patch "
-            "brings a model into that order; alone, use alternating of turnout.experts.weights"
-        )
-    hidden, inner = problem.hidden, problem.intermediate
-    if hidden % MULTIPLE or hidden < LEAST_HIDDEN or inner % MULTIPLE or not inner:
-        return (
-            f"dims: H is {hidden} and F is {inner}; expected multiples of {MULTIPLE}, H of at "
-            f"least {LEAST_HIDDEN}"
-        )
-    if problem.dtype not in DTYPES or problem.compute != problem.dtype:
-        return (
-            f"dtype: the stacks are {problem.dtype}, computed in {problem.compute}; expected both "
-            f"{' or '.join(DTYPES)}"
-        )
-    if problem.recompute:
-        return "recompute='gate_up': it keeps the pre-activation; use recompute='none'"
-    if problem.lora and not problem.merged:
-        return (
-            "adapters: it computes weights only. Use backend='auto', which computes adapters in "
-            f"the products, or backend={MERGED!r}, which builds merged copies of both stacks in "
-            "every forward and backward"
-        )
-    if problem.dropout:
-        return "expert_dropout: merged adapters have no input to mask; use expert_dropout=0"
-    return None
+__all__ = [
+    "ACTIVATION",
+    "LEAST_HIDDEN",
+    "MERGED",
+    "MULTIPLE",
+    "NAME",
+    "NAMES",
+    "Problem",
+    "expert_mlp",
+    "for_sonic",
+    "problem_of",
+    "rejects",
+    "require",
+    "use",
+]
 
 
 class _Tap(torch.autograd.Function):
@@ -181,25 +89,36 @@ def _with_experts(
     return torch.where(dropped, turn, experts_TK), weights_TK.masked_fill(dropped, 0)
 
 
-_seen: dict[tuple[int, int, int, torch.dtype], None] = {}
+_trained: dict[tuple[int, int, int], None] = {}
 
 
-def _check_turn(problem: Problem, dtype: torch.dtype) -> None:
-    """Refuse to train a shape again after one with another number of F tiles.
+class _Turn(torch.autograd.Function):
+    """The identity on the output of release 0.0.1; refuses a backward pass that would be wrong.
 
-    Release 0.0.1 remembers the width of one buffer of its backward pass by the last shape that it
-    compiled (`ds_partial_N`), so the gradient of the routing weights of an earlier shape would be
-    summed over columns nobody wrote.
+    That release sizes one buffer of its backward pass (`ds_partial_N`, tiles of 128 of F) by the
+    shape that it compiled last. A shape that was compiled before one of another size would sum the
+    gradient of its routing weights over columns nobody wrote, or beyond the buffer.
     """
-    key = problem.experts, problem.hidden, problem.intermediate, dtype
-    last = next(reversed(_seen), key)
-    if key in _seen and -(-key[2] // 128) != -(-last[2] // 128):
-        raise Unsupported(
-            f"SonicMoE 0.0.1 trained experts of F = {last[2]} after those of F = {key[2]}; going "
-            "back gives wrong gradients of the routing weights (it keeps one buffer size per "
-            "process). Use one size per process, a release from 0.1 on, or backend='auto'"
-        )
-    _seen.setdefault(key)
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        ctx.shape = shape
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+        shape = ctx.shape
+        last = next(reversed(_trained), shape)
+        if shape in _trained and -(-shape[2] // 128) != -(-last[2] // 128):
+            raise Unsupported(
+                f"SonicMoE 0.0.1 trained experts of F = {last[2]} after those of F = {shape[2]}; "
+                "going back gives wrong gradients of the routing weights (it keeps one buffer "
+                "size per process). Use one size per process, a release from 0.1 on, or "
+                "backend='auto'"
+            )
+        _trained.setdefault(shape)
+        return dout, None
 
 
 def _functions(
@@ -359,6 +278,8 @@ def expert_mlp(
     Raises:
         Unsupported: with the reason of `rejects`; inside `torch.compile`.
     """
+    if torch.compiler.is_compiling():
+        raise Unsupported(f"backend={backend!r} does not run in compiled code; use 'auto'")
     adapted = lora.gate_up is not None or lora.down is not None
     problem = problem_of(
         weights,
@@ -372,8 +293,6 @@ def expert_mlp(
     reason = rejects(problem, device_of(x_TH.device))
     if reason is not None:
         raise Unsupported(f"backend={backend!r} does not run these experts: {reason}")
-    if torch.compiler.is_compiling():
-        raise Unsupported(f"backend={backend!r} does not run in compiled code; use 'auto'")
     if not x_TH.shape[0]:  # a launch over no rows is none: the definition, with its zero gradients
         return reference.expert_mlp(x_TH, experts_TK, weights_TK, weights, spec, lora=lora)
     found = package()
@@ -382,8 +301,6 @@ def expert_mlp(
     routing = Routing(experts_TK, _Tap.apply(weights_TK))
     stacks = weights.gate_up, weights.down, *_tensors(lora.gate_up), *_tensors(lora.down)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TH, weights_TK, *stacks))
-    if found.form == "functions" and keep and not found.is_quack:
-        _check_turn(problem, dtype)
     rebuilt = _Rebuilt(keep)
     with torch.autocast(x_TH.device.type, enabled=False):
         x = _Tap.apply(x_TH.to(dtype).contiguous())
@@ -392,44 +309,13 @@ def expert_mlp(
         run = _functions if found.form == "functions" else _flat
         with rebuilt.saving():
             out = run(found, x, routing, gate_up, down, keep)
+        if found.form == "functions" and not found.is_quack:
+            out = _Turn.apply(out, (problem.experts, problem.hidden, problem.intermediate))
         return _Tap.apply(out).to(x_TH.dtype)
 
 
 def _tensors(lora: Lora | None) -> tuple[Tensor, ...]:
     return () if lora is None else (lora.a_ERI, lora.b_ORE)
-
-
-def problem_of(
-    weights: ExpertWeights,
-    spec: ExpertSpec,
-    *,
-    dtype: torch.dtype,
-    lora: bool = False,
-    dropout: bool = False,
-    recompute: bool = False,
-    merged: bool = False,
-) -> Problem:
-    """The question that `rejects` answers, of a bundle."""
-    gate_up, down = weights.gate_up, weights.down
-    hidden, inner = reversed(down.shape[1:]) if spec.transposed else down.shape[1:]
-    return Problem(
-        spec=spec,
-        experts=down.shape[0],
-        hidden=hidden,
-        intermediate=inner,
-        dtype=_name(gate_up.dtype),
-        compute=_name(dtype),
-        bias=weights.gate_up_bias is not None or weights.down_bias is not None,
-        lora=lora,
-        dropout=dropout,
-        recompute=recompute,
-        merged=merged,
-        dense=all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (gate_up, down)),
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def for_sonic(lora: Lora) -> Lora:
