@@ -45,8 +45,7 @@ def backend_named(name: str) -> ModuleType:
             return module
     names = ", ".join(module.NAME for module in BACKENDS)
     raise Unsupported(
-        f"backend={name!r} computes no products in this version of turnout; {names} do. Use "
-        "backend='auto'"
+        f"backend={name!r} is not in this version of turnout; it has: {names}. Use backend='auto'"
     )
 
 
