@@ -30,7 +30,7 @@ from turnout.device import device_of
 from turnout.shapes import SHAPES, shape_named
 
 HERE = Path(__file__).resolve().parent
-SECTIONS = ("main", "recompute", "skew", "decode")
+SECTIONS = ("main", "recompute", "skew", "decode", "tokens")
 
 
 def main() -> int:
@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--sections", default="main", help=f"some of {','.join(SECTIONS)}; main by default")
     add("--shapes", help="of main and recompute, joined by commas; all by default")
-    add("--modes", default=",".join(get_args(Mode)), help="of main")
+    add("--modes", default=",".join(get_args(Mode)), help="of main and tokens")
     add("--providers", help="who is timed; all that are installed by default")
     add("--without", default="", help="providers to leave out, such as eager")
     add("--repeats", type=int, default=20, help="timed calls, at least")
@@ -148,6 +148,17 @@ def planned(args: argparse.Namespace, sections: Iterable[str]) -> Iterable[Case]
             yield Case(shape=qwen, mode="lora16", providers=ours, routing="zipf1.2")
             yield Case(shape=qwen, mode="lora16", providers=ours, routing="half-empty")
             yield Case(shape=odd, mode="lora16", providers=ours)
+        elif section == "tokens":
+            everyone = (*ours, musts.PORTABLE, "grouped_mm")
+            for tokens in musts.EVERY_T:
+                shape = replace(shape_named(musts.EVERY_T_SHAPE), tokens=tokens)
+                for mode in words(args.modes):
+                    yield Case(
+                        shape=shape,
+                        mode=mode,  # type: ignore[arg-type]
+                        providers=everyone,
+                        runs=musts.EVERY_T_RUNS,
+                    )
         else:
             stock = (*ours, "grouped_mm", "batched_mm")
             for name in musts.DECODE_SHAPES:

@@ -460,6 +460,27 @@ def test_decode_is_against_the_better_of_the_stock_ones():
     assert len(found(rows, ["decode"])) == 3 * 6 + 1
 
 
+def test_every_number_of_tokens_is_judged_by_the_median():
+    base = {"mode": "full", "tokens": 1024}
+    rows = [row(ms=ms, **base) for ms in (1.0, 1.02, 9.0)]
+    rows += [row(ms=ms, provider="turnout-portable", **base) for ms in (1.0, 0.1, 1.2)]
+    name = "qwen3-30b full T=1024: time / best"
+    assert found(rows, ["tokens"])[name].got is None, "grouped_mm is missing"
+    rows.append(row(ms=2.0, provider="grouped_mm", **base))
+    must = found(rows, ["tokens"])[name]
+    assert (must.got, must.note, must.passed) == (pytest.approx(1.02), "turnout-portable", True)
+    rows += [row(ms=ms, **base) for ms in (1.1, 1.2)]
+    assert not found(rows, ["tokens"])[name].passed
+    assert len(found(rows, ["tokens"])) == 8 * 3 + 1
+
+
+def test_the_portable_back_end_is_no_peer():
+    rows = [row(ms=2.0), row(ms=1.0, provider="turnout-portable", peak_mb=1.0)]
+    must = found(rows)["qwen3-30b lora16: speed / fastest peer"]
+    assert "portable" not in must.note
+    assert "turnout-portable" not in default_providers(16384)
+
+
 def test_demands_print_as_lines():
     text = musts.show(musts.musts([row()], ["main"]))
     assert "MISS" in text

@@ -5,6 +5,7 @@
     peak    ours below every peer's, at every shape and mode
     skew    lora16 of qwen3-30b with uneven routing, and at a T that no tile divides
     decode  fwd of a few tokens: not slower than batched_mm and grouped_mm
+    tokens  at every T, ours not slower than the portable back end and grouped_mm (median of runs)
     wrapped turnout-sonic at most 2 % over sonicmoe called directly, where both were timed
     error   no red gate of ours
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
+from statistics import median
 
 from turnout.bench.records import Row, latest
 from turnout.bench.run import GRAPH, MIB
@@ -46,6 +48,11 @@ ODD_TOKENS = 12000
 ODD = 1.05
 DECODE_SHAPES = ("qwen3-30b", "gptoss-20b", "mixtral")
 DECODE_TOKENS = (1, 2, 4, 8, 16, 32)
+PORTABLE = "turnout-portable"
+EVERY_T_SHAPE = "qwen3-30b"
+EVERY_T = tuple(2**power for power in range(9, 17))
+EVERY_T_RUNS = 5
+SLOWER = 1.03
 FIRST_S = 15.0
 
 # (shape, mode): fractions of the dense rate on an H100 80GB, torch 2.11, Triton 3.6
@@ -93,9 +100,15 @@ class Must:
 
 
 def musts(rows: Iterable[Row], sections: Iterable[str]) -> list[Must]:
-    """The demands of the named sections: `main`, `recompute`, `skew`, `decode`."""
+    """The demands of the named sections: `main`, `recompute`, `skew`, `decode`, `tokens`."""
     table = _Table(rows)
-    builders = {"main": _main, "recompute": _recompute, "skew": _skew, "decode": _decode}
+    builders = {
+        "main": _main,
+        "recompute": _recompute,
+        "skew": _skew,
+        "decode": _decode,
+        "tokens": _tokens,
+    }
     found = [must for section in sections for must in builders[section](table)]
     return [*found, table.errors()]
 
@@ -115,8 +128,13 @@ class _Table:
     """The latest row of everything, without those of CUDA graphs."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows = [row for row in latest(rows) if not row.provider.endswith(GRAPH)]
+        found = [row for row in rows if not row.provider.endswith(GRAPH)]
+        self.rows = latest(found)
         self._by_key = {row.key: row for row in self.rows}
+        self._times: dict[tuple[str, int, str, str, str, str], list[float]] = {}
+        for row in found:
+            if row.ms is not None:
+                self._times.setdefault(row.key, []).append(row.ms)
 
     def get(
         self,
@@ -133,13 +151,18 @@ class _Table:
         row = self.get(*args)  # type: ignore[arg-type]  # the same arguments
         return None if row is None else row.ms
 
+    def median_ms(self, shape: Shape, mode: Mode, provider: str) -> float | None:
+        """Of all runs."""
+        key = (shape.name, shape.tokens, mode, "uniform", "none", provider)
+        return median(self._times[key]) if key in self._times else None
+
     def peers(self, shape: Shape, mode: Mode) -> list[Row]:
         """Everyone else's rows on the standard batch that have a time."""
         return [
             row
             for row in self.rows
             if row.key[:5] == (shape.name, shape.tokens, mode, "uniform", "none")
-            and row.provider not in (OURS, WRAPPED)
+            and row.provider not in (OURS, WRAPPED, PORTABLE)
             and row.ms is not None
         ]
 
@@ -261,4 +284,19 @@ def _decode(table: _Table) -> list[Must]:
             best = min(known, key=known.__getitem__, default="")
             got = ours / known[best] if ours and best else None
             found.append(Must(f"{name} fwd T={tokens}: time / best stock", got, 1.0, False, best))
+    return found
+
+
+def _tokens(table: _Table) -> list[Must]:
+    modes: tuple[Mode, ...] = ("fwd", "full", "lora16")
+    found = []
+    for tokens, mode in product(EVERY_T, modes):
+        shape = replace(shape_named(EVERY_T_SHAPE), tokens=tokens)
+        ours = table.median_ms(shape, mode, OURS)
+        times = {name: table.median_ms(shape, mode, name) for name in (PORTABLE, "grouped_mm")}
+        known = {name: ms for name, ms in times.items() if ms is not None}
+        best = min(known, key=known.__getitem__, default="")
+        got = ours / known[best] if ours and len(known) == len(times) else None
+        name = f"{shape.name} {mode} T={tokens}: time / best"
+        found.append(Must(name, got, SLOWER, False, best))
     return found

@@ -8,7 +8,8 @@ gate and up rows alternate) is made before. A peer's package is imported when it
 `lora16` by name: turnout's and axolotl's adapters are fused; split-lora adds them as grouped
 products; grouped_mm, sonicmoe and liger run on weights merged in every step, W + s * B A, as PEFT
 does. turnout-sonic is SonicMoE through `expert_mlp`: `backend="sonic"`, in `lora16`
-`"sonic-merged"`, which merges in the backward pass again and keeps no copy.
+`"sonic-merged"`, which merges in the backward pass again and keeps no copy. turnout-portable is
+turnout with `backend="triton"`, for the choice of `auto` to be compared with.
 
 Legend: T tokens, K experts per token, S = T*K rows, E experts, H hidden, F intermediate,
 G = 2F gate and up, R LoRA rank, I/O in and out of one projection.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -71,7 +72,7 @@ class Provider:
 
     @property
     def is_ours(self) -> bool:
-        return self.name == "turnout"
+        return self.name in ("turnout", "turnout-portable")
 
 
 PROVIDERS: dict[str, Provider] = {}
@@ -184,6 +185,15 @@ def _turnout_sonic(work: Work, mode: Mode, options: Options) -> Run:
         )
 
     return run
+
+
+def _needs_a_gpu(device: torch.device) -> str | None:
+    return "needs an NVIDIA GPU" if device_of(device).arch is None else None
+
+
+@provider("turnout-portable", ("fwd", "full", "lora16"), _needs_a_gpu, backend="triton")
+def _turnout_portable(work: Work, mode: Mode, options: Options) -> Run:
+    return _turnout(work, mode, replace(options, backend="triton"))
 
 
 @provider("turnout", ("fwd", "full", "lora16"))

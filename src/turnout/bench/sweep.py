@@ -30,13 +30,17 @@ Guard = Callable[[str, Callable[[], None]], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One mode of one batch, and who runs it. `recompute` is turnout's; peers have none."""
+    """One mode of one batch, and who runs it, all of them `runs` times in turn.
+
+    `recompute` is turnout's; peers have none.
+    """
 
     shape: Shape
     mode: Mode
     providers: tuple[str, ...]
     routing: Routing = "uniform"
     recompute: Recompute = "none"
+    runs: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +55,10 @@ class Setting:
 
 
 def default_providers(tokens: int) -> tuple[str, ...]:
-    """Everyone; batched_mm only where copying the weights of every row is thinkable."""
-    return tuple(name for name in PROVIDERS if name != "batched_mm" or tokens <= FEW_TOKENS)
+    """Everyone but turnout's portable back end by itself; batched_mm only where copying the weights
+    of every row is thinkable."""
+    left_out = {"turnout-portable"} | (set() if tokens <= FEW_TOKENS else {"batched_mm"})
+    return tuple(name for name in PROVIDERS if name not in left_out)
 
 
 def missing(names: Iterable[str], device: torch.device) -> dict[str, str]:
@@ -129,7 +135,7 @@ class _Run:
         gradients = any(case.mode != "fwd" for case in cases)
         judge = make_judge(work, lora=is_lora, gradients=gradients)
         for case in cases:
-            for name in case.providers:
+            for name in case.providers * case.runs:
                 if case.mode not in PROVIDERS[name].modes or name in self.missing:
                     continue
                 what = f"{case.shape.name} {case.mode} {name}"
