@@ -18,7 +18,12 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 # script: the function of examples/tiny.py that makes its model
-SCRIPTS = {"qwen3_lora": "qwen3_moe", "gpt_oss_lora": "gpt_oss", "trl_sft": "qwen3_moe"}
+SCRIPTS = {
+    "qwen3_lora": "qwen3_moe",
+    "gpt_oss_lora": "gpt_oss",
+    "trl_sft": "qwen3_moe",
+    "plain_loop": "qwen3_moe",
+}
 LAYERS, EXPERT_STACKS = 2, 2
 
 cases = pytest.mark.parametrize(
