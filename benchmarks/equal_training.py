@@ -1,0 +1,224 @@
+"""Does turnout train as stock transformers and PEFT do? Losses and gradient norms, step by step.
+
+    PYTHONPATH=src python3 benchmarks/equal_training.py --commit $(git rev-parse --short HEAD)
+
+A Qwen3-MoE with random weights learns the built-in corpus by LoRA on attention and experts: five
+times in stock code, with the rows of every batch in another order each time, and once in turnout.
+In exact arithmetic all six are the same. The five differ by rounding, so the largest deviation of
+any of them from their mean at any step is what the sixth is allowed at every step. At the end each
+side loads the other's adapter. See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from compare import HERE, git_commit
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, set_seed
+
+import turnout
+from turnout.bench.musts import Must, show
+from turnout.bench.records import lines_before, slug, write
+from turnout.device import device_of
+from turnout.train.builtin import make_tokenizer
+from turnout.train.corpus import sums
+
+STOCK_RUNS = 5
+OURS = "turnout"
+LOGITS = 2e-2  # relative RMS difference of logits in bfloat16, one adapter on either side
+SIZES = {
+    "small": {"hidden": 1024, "layers": 4, "experts": 32, "top_k": 4, "width": 512, "rows": 16},
+    "tiny": {"hidden": 64, "layers": 2, "experts": 8, "top_k": 2, "width": 48, "rows": 4},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One step of one run: the columns of the CSV."""
+
+    commit: str
+    device: str
+    torch: str
+    triton: str
+    transformers: str
+    peft: str
+    run: str
+    step: int
+    loss: float
+    grad_norm: float
+
+
+def base_model(size: dict[str, int], vocabulary: int, dtype: torch.dtype) -> Any:
+    """Random weights, the same at every call."""
+    set_seed(0)
+    heads = max(2, size["hidden"] // 128)
+    config = Qwen3MoeConfig(
+        vocab_size=vocabulary,
+        hidden_size=size["hidden"],
+        num_hidden_layers=size["layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=size["hidden"] // heads,
+        moe_intermediate_size=size["width"],
+        num_experts=size["experts"],
+        num_experts_per_tok=size["top_k"],
+        norm_topk_prob=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        pad_token_id=None,
+        eos_token_id=1,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def batches(tokenizer: Any, steps: int, rows: int, length: int) -> list[Tensor]:
+    """The corpus joined by EOS, cut into rows and taken round and round."""
+    ids: list[int] = []
+    for text in sums(seed=0).train:
+        ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    needed = steps * rows * length
+    ids = (ids * -(-needed // len(ids)))[:needed]
+    return list(torch.tensor(ids).view(steps, rows, length))
+
+
+def train(model: Any, data: Sequence[Tensor], order: int, lr: float) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step; `order` 0 leaves the rows as they are."""
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=lr)
+    generator = torch.Generator().manual_seed(order)
+    found: list[tuple[Tensor, Tensor]] = []
+    for batch in data:
+        if order:
+            batch = batch[torch.randperm(len(batch), generator=generator)]
+        ids = batch.to(adapters[0].device)
+        loss = model.train()(ids, labels=ids).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(adapters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((loss.detach(), norm))
+    return [(float(loss), float(norm)) for loss, norm in found]
+
+
+def adapted(model: Any) -> Any:
+    """With LoRA of rank 16, drawn from one seed."""
+    set_seed(1)
+    config = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=turnout.lora_targets(model),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def band(stock: Sequence[Sequence[float]], ours: Sequence[float]) -> tuple[float, float]:
+    """(largest deviation of ours from the mean of the stock runs, largest of any of those)."""
+    runs = torch.tensor(stock, dtype=torch.float64)
+    mean = runs.mean(0)
+    mine = torch.tensor(ours, dtype=torch.float64)
+    return float((mine - mean).abs().max()), float((runs - mean).abs().max())
+
+
+def demands(rows: Sequence[Row]) -> list[Must]:
+    """Ours within the band, in loss and in gradient norm."""
+    found = []
+    for name in ("loss", "grad_norm"):
+        runs: dict[str, list[float]] = {}
+        for row in rows:
+            runs.setdefault(row.run, []).append(getattr(row, name))
+        ours = runs.pop(OURS)
+        mine, allowed = band(list(runs.values()), ours)
+        note = f"{mine:.2e} of {allowed:.2e}, {len(ours)} steps"
+        ratio = mine / allowed if allowed else float("inf")
+        found.append(Must(f"{name}: ours / largest of {len(runs)} stock", ratio, 1.0, False, note))
+    return found
+
+
+@torch.no_grad()
+def exchange(models: dict[str, Any], fresh: Any, batch: Tensor) -> list[Must]:
+    """Each side's adapter, saved and loaded in the other's code: are the logits those it had?"""
+    found = []
+    for name, model in models.items():
+        other = "stock" if name == OURS else OURS
+        with TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            base = fresh()
+            if other == OURS:
+                turnout.patch(base)
+            loaded = PeftModel.from_pretrained(base, folder)
+        ids = batch.to(next(loaded.parameters()).device)
+        before, after = model.eval()(ids).logits.double(), loaded.eval()(ids).logits.double()
+        difference = float((after - before).norm() / before.norm())
+        found.append(Must(f"adapter of {name} in {other}: logits", difference, LOGITS, False))
+    return found
+
+
+def main() -> int:
+    """Run, save, judge; 1 if a demand is missed."""
+    started = time.perf_counter()
+    args = arguments()
+    device, size = torch.device(args.device), SIZES[args.size]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = device_of(device).name
+    out = Path(args.out) if args.out else HERE / "results" / f"training_{slug(name)}.csv"
+    columns = tuple(field.name for field in fields(Row))
+    before = lines_before(out, columns)
+    tokenizer = make_tokenizer()
+    data = batches(tokenizer, args.steps, size["rows"], args.length)
+
+    def fresh() -> Any:
+        return base_model(size, len(tokenizer), dtype).to(device)
+
+    facts = (
+        args.commit or git_commit(),
+        name,
+        *(version(p) for p in ("torch", "triton", "transformers", "peft")),
+    )
+    rows: list[Row] = []
+    models: dict[str, Any] = {}
+    for order in range(STOCK_RUNS + 1):
+        run = OURS if order == 0 else f"stock {order}"
+        model = fresh()
+        report = turnout.patch(model) if run == OURS else None
+        model = adapted(model)
+        if report is not None:
+            report.require("fused")
+        steps = train(model, data, order, args.lr)
+        rows += [Row(*facts, run, i, loss, norm) for i, (loss, norm) in enumerate(steps)]
+        print(f"{run:8s} loss {steps[0][0]:.4f} to {steps[-1][0]:.4f}", flush=True)
+        models[run if run == OURS else "stock"] = model
+    cells = [[str(value) for value in astuple(row)] for row in rows]
+    write(out, before, columns, cells)
+    found = demands(rows) + exchange(models, fresh, data[0])
+    print(f"\n{len(rows)} rows in {out}\n\n{show(found)}\n\n{time.perf_counter() - started:.0f} s")
+    return 0 if all(must.passed for must in found) else 1
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--size", default="small", choices=list(SIZES))
+    add("--steps", type=int, default=200)
+    add("--length", type=int, default=256, help="tokens of a row")
+    add("--lr", type=float, default=1e-3)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", help="the CSV; benchmarks/results/training_<gpu>.csv by default")
+    add("--commit", help="for the first column; asked of git by default")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
