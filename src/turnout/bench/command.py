@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -25,8 +24,8 @@ from turnout.bench.sweep import (
     sweep,
     with_tokens,
 )
+from turnout.bench.words import choices, device_named, words
 from turnout.bench.work import Mode, Routing
-from turnout.device import visible_gpus
 from turnout.experts import sonic
 from turnout.shapes import Shape, shape_named
 from turnout.specs import BackendName, Recompute, check_choice
@@ -56,7 +55,7 @@ def main(config: BenchConfig) -> dict[str, Any]:
     Raises:
         ValueError: a word that names nothing, or a CSV that can not be written.
     """
-    device = _device(config.device)
+    device = device_named(config.device)
     default = "qwen3-30b" if device.type == "cuda" else "tiny"
     shapes = [
         with_tokens(shape_named(name), config.tokens) for name in words(config.shape, default)
@@ -113,19 +112,6 @@ def main(config: BenchConfig) -> dict[str, Any]:
     }
 
 
-def words(given: Iterable[str] | None, default: str) -> list[str]:
-    """Each word once; a flag may be given several times and hold commas."""
-    parts = [part.strip() for text in given or [default] for part in text.split(",")]
-    return list(dict.fromkeys(part for part in parts if part))
-
-
-def choices(what: str, given: list[str], allowed: object) -> list[str]:
-    """`given`, checked against a `Literal` type."""
-    for word in given:
-        check_choice(what, word, allowed)
-    return given
-
-
 def table(rows: list[Row], reasons: list[str | None]) -> Table:
     """The rows as a table; memory only where it was counted."""
     out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
@@ -152,12 +138,3 @@ def _providers(given: Sequence[str] | None, shape: Shape) -> tuple[str, ...]:
     if not given:
         return default_providers(shape.tokens)
     return tuple(provider_named(name).name for name in words(given, ""))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if visible_gpus() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}; expected auto, cpu or cuda. {error}") from None
