@@ -172,6 +172,25 @@ def bench(
         bool, typer.Option("--graph", help="Add rows for replays of a CUDA graph.")
     ] = False,
     repeats: Annotated[int, typer.Option(help="Timed calls, at least.")] = 20,
+    step: Annotated[
+        bool, typer.Option("--step", help="Whole training steps of real configurations instead.")
+    ] = False,
+    layers: Annotated[
+        int | None, typer.Option(help="With --step: layers; else as many as fit the GPU.")
+    ] = None,
+    sequence: Annotated[
+        int | None, typer.Option(help="With --step: tokens of a packed sequence; else 4096.")
+    ] = None,
+    checkpointing: Annotated[
+        list[str] | None, typer.Option(help="With --step: off, on; else both.")
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="With --step: transformers' attn_implementation.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="With --step: draw the rows here.")] = None,
+    judge: Annotated[
+        bool, typer.Option("--judge", help="With --step: run nothing, judge and draw --csv.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     csv: Annotated[Path | None, typer.Option(help="Append the rows to this CSV file.")] = None,
     commit: Annotated[
@@ -180,7 +199,17 @@ def bench(
     json_file: Json = None,
 ) -> None:
     """Speed and memory of turnout and its peers, each checked before it is timed."""
-    flags = {name: value for name, value in locals().items() if name != "json_file"}
+    flags = {name: value for name, value in locals().items() if name not in ("json_file", "step")}
+    from turnout.bench.step_flags import chosen
+
+    flags = chosen(flags, step=step)
+    if step:
+        from turnout.bench import step_command
+        from turnout.bench.step_plan import StepConfig
+
+        steps = StepConfig(**flags)
+        failed = _run(lambda: step_command.main(steps), json_file)["failed"]
+        raise typer.Exit(1 if failed else 0)
     from turnout.bench.command import BenchConfig, main
 
     config = BenchConfig(**flags)

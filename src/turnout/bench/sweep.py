@@ -167,7 +167,7 @@ class _Run:
             commit=self.setting.commit,
             device=device_of(self.setting.device).name,
             torch=torch.__version__,
-            triton=_version("triton"),
+            triton=version_of("triton"),
             shape=case.shape.name,
             tokens=case.shape.tokens,
             mode=case.mode,
@@ -207,7 +207,8 @@ def with_tokens(shape: Shape, tokens: int | None) -> Shape:
     return shape if tokens is None else replace(shape, tokens=tokens)
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version, empty without one."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,0 +1,209 @@
+"""Many steps in one process: shapes in, rows out, each saved as it comes.
+
+Every provider gets a model of its own, built from the same seed and dropped before the next; the
+identity comes first, because the MoE part of the others is counted from it. The reference of the
+gate is one stock step with checkpointing, which computes the same and fits where little does; if
+it does not fit either, a step of turnout's plain PyTorch back end.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from turnout.bench.step_fit import layers_that_fit
+from turnout.bench.step_gate import Gate
+from turnout.bench.step_models import StepModel, build
+from turnout.bench.step_records import OUT_OF_MEMORY, Provider, StepRecord, StepRow, Switch
+from turnout.bench.step_run import Measured, Step, make_ids, measure
+from turnout.bench.sweep import version_of
+from turnout.device import device_of
+from turnout.specs import BackendName
+
+OnRow = Callable[[StepRow], None]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSetting:
+    """What all shapes share. `layers` None means as many as fit the free memory of the GPU."""
+
+    device: torch.device
+    commit: str
+    providers: tuple[Provider, ...]
+    layers: int | None = None
+    tokens: int = 8192
+    sequence: int = 4096
+    checkpointing: tuple[Switch, ...] = ("off", "on")
+    attention: str = "auto"
+    repeats: int = 20
+
+
+def choose_layers(shape: StepModel, setting: StepSetting) -> int:
+    """The layers asked for, or as many as fit; those of tiny on a machine without a GPU.
+
+    Raises:
+        ValueError: there is no GPU whose memory could be counted.
+    """
+    if setting.layers is not None:
+        return setting.layers
+    if shape.name == "tiny":
+        return shape.layers
+    if setting.device.type != "cuda":
+        raise ValueError(
+            f"--layers is not given and the device is {setting.device}; expected a number of "
+            f"layers, as only a GPU's free memory is counted. Give --layers, at most {shape.layers}"
+        )
+    free, _ = torch.cuda.mem_get_info(setting.device)
+    everything_kept = "off" in setting.checkpointing
+    return layers_that_fit(shape, setting.tokens, free, checkpointing=not everything_kept)
+
+
+def sweep(
+    shapes: Sequence[StepModel], setting: StepSetting, record: StepRecord, on_row: OnRow
+) -> None:
+    """Runs all and puts the rows into `record`; `on_row` is called with each."""
+    for shape in shapes:
+        _Shape(shape, choose_layers(shape, setting), setting, record, on_row).run()
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, str]:
+    """The result, or why there is none. Errors other than torch's end the run."""
+    try:
+        return work(), ""
+    except torch.OutOfMemoryError:
+        return None, OUT_OF_MEMORY
+    except RuntimeError as error:  # also what this package and transformers can not do
+        return None, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """One shape; what a method builds is gone when it returns."""
+
+    shape: StepModel
+    layers: int
+    setting: StepSetting
+    record: StepRecord
+    on_row: OnRow
+
+    def run(self) -> None:
+        gate, missing = None, ""
+        if set(self.setting.providers) != {"identity"}:
+            gate, missing = self.attempt(lambda: self.reference("stock"))
+            if missing == OUT_OF_MEMORY:
+                gate, missing = self.attempt(lambda: self.reference("torch"))
+        for checkpointing in self.setting.checkpointing:
+            identity: float | None = None
+            for provider in sorted(self.setting.providers, key=lambda name: name != "identity"):
+                measured = self.measure(provider, checkpointing, gate, missing)
+                if provider == "identity":
+                    identity = measured.step_ms
+                row = self.row(provider, checkpointing, measured, identity, gate)
+                self.record.add(row)
+                self.on_row(row)
+
+    def attempt(self, work: Callable[[], T]) -> tuple[T | None, str]:
+        found = attempt(work)
+        gc.collect()  # PEFT's wrappers and their modules refer to each other
+        if self.setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
+
+    def step(
+        self, provider: Provider, checkpointing: Switch, backend: BackendName = "auto"
+    ) -> Step:
+        built = build(
+            self.shape,
+            self.layers,
+            provider,
+            self.setting.device,
+            checkpointing=checkpointing == "on",
+            attention=self.setting.attention,
+            backend=backend,
+        )
+        gc.collect()  # the blocks that the identity has no use for
+        vocabulary = self.shape.config(self.layers).vocab_size
+        ids = make_ids(vocabulary, self.setting.tokens, self.setting.sequence, self.setting.device)
+        return Step(built, ids)
+
+    def reference(self, name: str) -> Gate:
+        step = self.step("stock", "on") if name == "stock" else self.step("turnout", "on", "torch")
+        step.run()
+        return Gate(step.sample().on_cpu(), name)
+
+    def measure(
+        self, provider: Provider, checkpointing: Switch, gate: Gate | None, missing: str
+    ) -> Measured:
+        gated = provider != "identity"
+        if gated and gate is None:
+            return Measured(note=f"{missing}, in the step that the gate compares with")
+        measured, note = self.attempt(
+            lambda: measure(
+                self.step(provider, checkpointing),
+                gate if gated else None,
+                repeats=self.setting.repeats,
+            )
+        )
+        return Measured(note=note) if measured is None else measured
+
+    def row(
+        self,
+        provider: Provider,
+        checkpointing: Switch,
+        found: Measured,
+        identity: float | None,
+        gate: Gate | None,
+    ) -> StepRow:
+        moe = per_s = None
+        if found.step_ms is not None:
+            per_s = self.setting.tokens / found.step_ms * 1e3
+            if provider != "identity" and identity is not None:
+                moe = found.step_ms - identity
+        return StepRow(
+            commit=self.setting.commit,
+            device=device_of(self.setting.device).name,
+            torch=torch.__version__,
+            triton=version_of("triton"),
+            transformers=version_of("transformers"),
+            peft=version_of("peft"),
+            shape=self.shape.name,
+            layers=self.layers,
+            tokens=self.setting.tokens,
+            sequence=self.setting.sequence,
+            checkpointing=checkpointing,
+            provider=provider,
+            step_ms=found.step_ms,
+            moe_ms=moe,
+            tokens_per_s=per_s,
+            peak_mb=found.peak_mb,
+            first_s=found.first_s,
+            loss=found.loss,
+            gate="" if gate is None or provider == "identity" else gate.name,
+            grad_err=found.grad_err,
+            note=found.note,
+        )
+
+
+def line(row: StepRow) -> str:
+    """One row as one line of text."""
+    what = (
+        f"{row.shape:12s} {row.layers:2d} layers {row.tokens:6d}/{row.sequence} "
+        f"ckpt {row.checkpointing:3s} {row.provider:14s}"
+    )
+    if row.step_ms is None:
+        return f"{what} no time: {row.note}"
+    parts = [f"{row.step_ms:9.2f} ms"]
+    if row.moe_ms is not None:
+        parts.append(f"MoE {row.moe_ms:9.2f}")
+    parts.append(f"{row.tokens_per_s:9.0f} tokens/s")
+    if row.peak_mb is not None:
+        parts.append(f"peak {row.peak_mb:7.0f} MiB")
+    parts.append(f"first_s {row.first_s:.1f} loss {row.loss:.4f}")
+    if row.grad_err is not None:
+        parts.append(f"grad_err {row.grad_err:.3f}")
+    return " ".join([what, *parts])
