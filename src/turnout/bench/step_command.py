@@ -59,10 +59,10 @@ def table(rows: list[StepRow]) -> Table:
     """The rows as a table; memory only where it was counted."""
     out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     has_memory = any(row.peak_mb is not None for row in rows)
-    for heading in ("shape", "layers", "T", "ckpt", "provider"):
+    for heading in ("shape", "T", "ckpt", "provider"):
         out.add_column(heading, no_wrap=True)
     memory = ("peak MiB",) if has_memory else ()
-    for heading in ("step ms", "MoE ms", "tok/s", *memory, "first s", "grad err"):
+    for heading in ("step ms", "MoE ms", "tok/s", *memory, "first", "error"):
         out.add_column(heading, justify="right", no_wrap=True)
     has_notes = any(row.note for row in rows)
     if has_notes:
@@ -71,7 +71,8 @@ def table(rows: list[StepRow]) -> Table:
         numbers = [(row.step_ms, ".2f"), (row.moe_ms, ".2f"), (row.tokens_per_s, ".0f")]
         numbers += [(row.peak_mb, ".0f")] if has_memory else []
         numbers += [(row.first_s, ".1f"), (row.grad_err, ".3f")]
-        cells = [row.shape, str(row.layers), str(row.tokens), row.checkpointing, row.provider]
+        shape = f"{row.shape} x{row.layers}"  # layers
+        cells = [shape, str(row.tokens), row.checkpointing, row.provider]
         cells += ["" if value is None else format(value, form) for value, form in numbers]
         out.add_row(*cells, *([row.note] if has_notes else []), style="red" if row.failed else None)
     return out
