@@ -15,7 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, set_seed
 
 import turnout
 from turnout.bench.musts import Must, show
-from turnout.bench.records import lines_before, slug, write
+from turnout.bench.records import slug
+from turnout.bench.table import File, Table
 from turnout.device import device_of
 from turnout.train.builtin import make_tokenizer
 from turnout.train.corpus import sums
@@ -174,8 +175,7 @@ def main() -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name = device_of(device).name
     out = Path(args.out) if args.out else HERE / "results" / f"training_{slug(name)}.csv"
-    columns = tuple(field.name for field in fields(Row))
-    before = lines_before(out, columns)
+    file = File(Table(Row, {}), out)
     tokenizer = make_tokenizer()
     data = batches(tokenizer, args.steps, size["rows"], args.length)
 
@@ -187,7 +187,6 @@ def main() -> int:
         name,
         *(version(p) for p in ("torch", "triton", "transformers", "peft")),
     )
-    rows: list[Row] = []
     models: dict[str, Any] = {}
     for order in range(STOCK_RUNS + 1):
         run = OURS if order == 0 else f"stock {order}"
@@ -197,13 +196,12 @@ def main() -> int:
         if report is not None:
             report.require("fused")
         steps = train(model, data, order, args.lr)
-        rows += [Row(*facts, run, i, loss, norm) for i, (loss, norm) in enumerate(steps)]
+        file.add(*[Row(*facts, run, i, loss, norm) for i, (loss, norm) in enumerate(steps)])
         print(f"{run:8s} loss {steps[0][0]:.4f} to {steps[-1][0]:.4f}", flush=True)
         models[run if run == OURS else "stock"] = model
-    cells = [[str(value) for value in astuple(row)] for row in rows]
-    write(out, before, columns, cells)
-    found = demands(rows) + exchange(models, fresh, data[0])
-    print(f"\n{len(rows)} rows in {out}\n\n{show(found)}\n\n{time.perf_counter() - started:.0f} s")
+    found = demands(file.rows) + exchange(models, fresh, data[0])
+    print(f"\n{len(file.rows)} rows in {out}\n\n{show(found)}")
+    print(f"\n{time.perf_counter() - started:.0f} s")
     return 0 if all(must.passed for must in found) else 1
 
 

@@ -9,14 +9,13 @@ See benchmarks/README.md. Needs torch and triton; transformers' operations are w
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import math
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,7 +40,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from turnout.bench.musts import Must, show
-from turnout.bench.records import lines_before, slug, write
+from turnout.bench.records import slug
+from turnout.bench.table import File, Table
 from turnout.device import device_of
 from turnout.measure import seconds
 
@@ -80,40 +80,17 @@ class Row:
         return self.shape, self.tokens, self.mode, self.provider
 
 
-COLUMNS = tuple(field.name for field in fields(Row))
-_FORMATS = {"ms": ".5f", "graph_ms": ".5f", "rel_err": ".3e"}
-_NUMBERS = {"tokens": int, "experts": int, "top_k": int, "launches": int}
-_NUMBERS |= dict.fromkeys(_FORMATS, float)
+TABLE = Table(Row, {"ms": ".5f", "graph_ms": ".5f", "rel_err": ".3e"})
+COLUMNS = TABLE.columns
+read = TABLE.read
 
 
-class Record:
-    """The CSV: rows are appended as they come, the file written whole each time."""
+class Record(File[Row]):
+    """The rows of one run and their file."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.rows = path, []
-        self._before = lines_before(path, COLUMNS)
-
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
-        write(self.path, self._before, COLUMNS, map(_cells, self.rows))
-
-
-def _cells(row: Row) -> list[str]:
-    values = {name: getattr(row, name) for name in COLUMNS}
-    return ["" if v is None else format(v, _FORMATS.get(n, "")) for n, v in values.items()]
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a CSV.
-
-    Raises:
-        ValueError: it has other columns, or a number is none.
-    """
-    found = []
-    for cells in csv.DictReader(lines_before(path, COLUMNS)):
-        values = {n: _NUMBERS[n](v) if v else None for n, v in cells.items() if n in _NUMBERS}
-        found.append(Row(**(cells | values)))
-    return found
+        """As `File`."""
+        super().__init__(TABLE, path)
 
 
 def musts(rows: Iterable[Row]) -> list[Must]:

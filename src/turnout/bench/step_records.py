@@ -6,13 +6,12 @@ weights. `moe_ms` is `step_ms` less that of the identity model of the same run a
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from turnout.bench.records import lines_before, write
+from turnout.bench.table import File, Table
 
 Provider = Literal["identity", "stock", "eager", "turnout", "turnout-fused"]
 Switch = Literal["off", "on"]
@@ -75,65 +74,30 @@ class StepRow:
         return bool(self.note) and not self.out_of_memory
 
 
-COLUMNS = tuple(field.name for field in fields(StepRow))
-_COUNTS = ("layers", "tokens", "sequence")
-_FORMATS = {
-    "step_ms": ".3f",
-    "moe_ms": ".3f",
-    "tokens_per_s": ".1f",
-    "peak_mb": ".1f",
-    "first_s": ".3f",
-    "loss": ".5f",
-    "grad_err": ".3e",
-}
+TABLE = Table(
+    StepRow,
+    {
+        "step_ms": ".3f",
+        "moe_ms": ".3f",
+        "tokens_per_s": ".1f",
+        "peak_mb": ".1f",
+        "first_s": ".3f",
+        "loss": ".5f",
+        "grad_err": ".3e",
+    },
+)
+COLUMNS = TABLE.columns
+read = TABLE.read
 
 
-class StepRecord:
+class StepRecord(File[StepRow]):
     """The rows of one run, and the file they go to after every row, if there is one."""
 
     def __init__(self, path: Path | None) -> None:
-        """Reads what is in `path`; its rows stay.
-
-        Raises:
-            ValueError: the file has other columns, or its folder does not exist.
-        """
-        self.path = path
-        self.rows: list[StepRow] = []
-        self._before = [] if path is None else lines_before(path, COLUMNS)
-
-    def add(self, row: StepRow) -> None:
-        """Append and save."""
-        self.rows.append(row)
-        if self.path is not None:
-            write(self.path, self._before, COLUMNS, (_cells(row) for row in self.rows))
-
-
-def read(path: Path) -> list[StepRow]:
-    """The rows of a CSV of steps.
-
-    Raises:
-        ValueError: it has other columns, or a number is none.
-    """
-    return [_row(cells) for cells in csv.DictReader(lines_before(path, COLUMNS))]
+        """As `File`."""
+        super().__init__(TABLE, path)
 
 
 def latest(rows: Iterable[StepRow]) -> list[StepRow]:
     """The last row of every key, in the order in which the keys first came."""
     return list({row.key: row for row in rows}.values())
-
-
-def _cells(row: StepRow) -> list[str]:
-    return [_text(name, getattr(row, name)) for name in COLUMNS]
-
-
-def _text(name: str, value: object) -> str:
-    return "" if value is None else format(value, _FORMATS.get(name, ""))
-
-
-def _row(cells: dict[str, str]) -> StepRow:
-    values: dict[str, object] = dict(cells)
-    for name in _COUNTS:
-        values[name] = int(cells[name])
-    for name in _FORMATS:
-        values[name] = float(cells[name]) if cells[name] else None
-    return StepRow(**values)  # type: ignore[arg-type]  # the columns are the fields
