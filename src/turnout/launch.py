@@ -54,10 +54,15 @@ def _triton() -> tuple[Callable[[], int], Callable[[int], int], Any]:
     return driver.active.get_current_device, driver.active.get_current_stream, knobs.runtime
 
 
+class ValueNeeded(Exception):
+    """Host code asks for a value of a tensor while launches are noted and nothing runs."""
+
+
 class _Listener(threading.local):
-    """Who is told of launches in this thread."""
+    """Who is told of launches in this thread, and where they are noted instead."""
 
     heard: Callable[[Any, tuple[Tensor | None, ...]], None] | None = None
+    noted: list[tuple[Any, tuple[torch.dtype | None, ...]]] | None = None
 
 
 _listener = _Listener()
@@ -71,6 +76,26 @@ def recording(heard: Callable[[Any, tuple[Tensor | None, ...]], None]) -> Iterat
         yield
     finally:
         _listener.heard = before
+
+
+@contextmanager
+def noting(into: list[tuple[Any, tuple[torch.dtype | None, ...]]]) -> Iterator[None]:
+    """Within it, no launch of this thread runs; those that are not compiled go into the list."""
+    before, _listener.noted = _listener.noted, into
+    try:
+        yield
+    finally:
+        _listener.noted = before
+
+
+def needs_values() -> None:
+    """To be called before the host waits for a tensor's values.
+
+    Raises:
+        ValueNeeded: launches are noted, so there are none.
+    """
+    if _listener.noted is not None:
+        raise ValueNeeded
 
 
 def profiled() -> bool:
@@ -184,6 +209,23 @@ class Launch:
         """What `_shortened` says of the kernel for tensors of these dtypes, once compiled."""
         return self._ready.get(self._key(device, tensors))
 
+    def compile(self, dtypes: tuple[torch.dtype | None, ...]) -> Any:
+        """Triton's compiled kernel for aligned tensors of these dtypes, or a promise of it within
+        `AsyncCompileMode`."""
+        from triton.runtime.jit import MockTensor
+
+        given: list[Any] = [None if dtype is None else MockTensor(dtype) for dtype in dtypes]
+        for place, tensor_map in self.maps.items():
+            given[place] = None if given[place] is None else tensor_map.describe(given[place])
+        return self.kernel.run(
+            *given,
+            *self.numbers,
+            grid=self.grid,
+            warmup=True,
+            **self.constants,
+            **self.options,
+        )
+
     def arguments(self, addresses: Sequence[int | None]) -> Sequence[Any]:
         """Addresses as the compiled kernel takes them."""
         if not self.maps:
@@ -196,6 +238,12 @@ class Launch:
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Run on the device of the first tensor, in that device's current stream."""
+        if _listener.noted is not None:
+            on = tensors[0]
+            if on is not None and self.ready(on.get_device(), tensors) is None:
+                dtypes = tuple([None if t is None else t.dtype for t in tensors])
+                _listener.noted.append((self, dtypes))
+            return
         self._run(tensors)
         if _listener.heard is not None:
             _listener.heard(self, tensors)

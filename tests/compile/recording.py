@@ -187,6 +187,7 @@ def recording(device: Device) -> Iterator[dict[str, Launch]]:
         for change in (
             patch("turnout.device._not_a_gpu", lambda kind: device),
             patch("turnout.experts.ops.reads_values", lambda tensor: False),
+            patch("turnout.experts.ops.compile_ahead", lambda key, device, dry: None),
             patch.object(triton.runtime.driver, "_active", driver),
             patch.object(JITFunction, "run", run),
             patch.object(FakeTensor, "is_cuda", True),

@@ -26,6 +26,7 @@ LAYERS = {
     "testing": 2,
     "ragged": 3,
     "replay": 3,
+    "compile_ahead": 3,
     "quant": 3,
     "tuning": 4,
     "routing": 5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import turnout
 from problems import assert_same, judge, output_gradient, run
+from turnout import compile_ahead, replay
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -229,3 +231,36 @@ def test_activation_checkpointing_changes_bits(options: str, use_reentrant: bool
     assert_same(got, seeded(problem, needs, **OPTIONS[options]))
     if "dropout" in options:
         assert not torch.equal(got["out"], run(problem, needs)["out"])
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("trained", ["LoRA", "full"])
+def test_a_kernel_is_compiled_when_it_is_launched(
+    trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step of a layer compiles all of its kernels before it launches one."""
+    problem = make("T1000-E4")
+    knobs = sys.modules["triton"].knobs.runtime
+    compiled: list[bool] = []
+
+    def note(*, is_manual_warmup: bool, **_: Any) -> None:
+        compiled.append(is_manual_warmup)
+
+    for value in _values():  # what other tests compiled
+        if hasattr(value, "device_caches"):
+            value.device_caches.clear()
+        elif hasattr(value, "cache_clear") and "launch" in value.__name__:
+            value.cache_clear()
+    compile_ahead._met.clear()
+    replay.forget()
+    monkeypatch.setattr(knobs, "jit_post_compile_hook", note)
+    got = run(problem, problem.trained_by_lora if trained == "LoRA" else None)
+    assert got["out"] is not None
+    assert len(compiled) >= 8, "nothing was compiled at all"
+    assert all(compiled), f"{compiled.count(False)} of {len(compiled)} kernels were not foreseen"
+
+
+def _values() -> list[Any]:
+    """All that the package's modules define."""
+    modules = [m for name, m in sys.modules.items() if name.startswith("turnout.")]
+    return [value for module in modules for value in vars(module).values()]

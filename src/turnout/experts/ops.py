@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from turnout.compile_ahead import compile_ahead
 from turnout.experts import passes, sonic
 from turnout.experts.dropout import draw_seed
 from turnout.experts.gemm import adapter_intermediate, backend_named
@@ -41,6 +42,7 @@ from turnout.specs import (
     Unsupported,
     check_choice,
 )
+from turnout.tuning import first_use
 
 _TENSORS = (
     "Tensor x, Tensor experts, Tensor weights_tk, Tensor gate_up, Tensor down, "
@@ -145,6 +147,8 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
 )
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     def function() -> tuple[Tensor, ...]:
+        if args[0].is_cuda and INSTALLED and first_use.current() is None:
+            _compile_ahead(args)
         return _run_forward(*args)
 
     if args[0].is_cuda and INSTALLED:
@@ -168,6 +172,29 @@ def _run_forward(*args: Any) -> tuple[Tensor, ...]:
         _or_empty(saved.xa_up_SR, x),
         _or_empty(saved.xa_down_SR, x),
     )
+
+
+def _compile_ahead(args: tuple[Any, ...]) -> None:
+    """Compile the kernels of the forward pass and of the backward pass that will follow."""
+    x, experts = args[:2]
+    flags = [t is not None and t.requires_grad for t in _differentiable(args)]
+    rows, num_experts = experts.numel(), args[3].shape[0]
+    tensors = [t if t is None else (t.dtype, t.shape[1:], t.stride()) for t in args[:13]]
+    key = (
+        x.device,
+        *tensors,
+        *args[13:],
+        *flags,
+        tile_rows_of(rows, num_experts),
+        rows % 16,
+    )
+
+    def dry() -> None:
+        out, *saved = _run_forward(*args)
+        if args[17]:
+            _run_backward(out, *saved, *args[:12], *args[13:17], flags)
+
+    compile_ahead(key, x.device, dry)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -22,7 +22,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from turnout.launch import INSTALLED, interpreting
+from turnout.launch import INSTALLED, interpreting, needs_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +82,7 @@ class Ragged:
 
         On a GPU this waits for the device; only `gemm_torch` uses it.
         """
+        needs_values()
         pairs = pairwise(self.offsets.tolist())
         return [(e, first, last) for e, (first, last) in enumerate(pairs) if last > first]
 

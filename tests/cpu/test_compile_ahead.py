@@ -1,0 +1,86 @@
+"""Launches that are noted instead of run, and who may ask for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from turnout import compile_ahead as module
+from turnout.launch import Launch, ValueNeeded, noting
+from turnout.ragged import sort_by_expert
+
+
+class Kernel:
+    """Counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self.launched = 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*args: Any, **options: Any) -> None:
+            self.launched += 1
+
+        return run
+
+
+def launch_of(kernel: Kernel) -> Launch:
+    return Launch(kernel, (1, 1, 1), (3,), {"BLOCK": 16}, num_warps=4)
+
+
+def test_a_noted_launch_runs() -> None:
+    kernel = Kernel()
+    launch = launch_of(kernel)
+    found: list[Any] = []
+    with noting(found):
+        launch(torch.zeros(4), None, torch.zeros(2, dtype=torch.int32))
+    assert found == [(launch, (torch.float32, None, torch.int32))]
+    assert kernel.launched == 0
+    launch(torch.zeros(4))
+    assert kernel.launched == 1, "noting went on"
+    assert len(found) == 1
+
+
+def test_a_launch_that_is_compiled_is_compiled_again() -> None:
+    kernel = Kernel()
+    launch = launch_of(kernel)
+    launch._ready[(-1, torch.float32)] = (None,)
+    found: list[Any] = []
+    with noting(found):
+        launch(torch.zeros(4))
+    assert not found
+    assert kernel.launched == 0
+
+
+def test_host_code_reads_values_that_nothing_computed() -> None:
+    ragged = sort_by_expert(torch.tensor([[0, 1], [1, 0]]), 2)
+    assert ragged.segments() == [(0, 0, 2), (1, 2, 4)]
+    with noting([]), pytest.raises(ValueNeeded):
+        ragged.segments()
+
+
+def test_the_same_step_is_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, kernel, compiled = torch.device("cuda", 0), Kernel(), []
+    launches = [launch_of(kernel), launch_of(kernel)]
+    monkeypatch.setattr(module, "_met", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(module, "_compile", lambda wanted, pool: compiled.append(wanted))
+
+    def dry() -> None:
+        for launch in (*launches, launches[0]):
+            launch(torch.zeros(4))
+
+    for key in ("one", "one", "two"):
+        module.compile_ahead(key, device, dry)
+    once = [(launch, (torch.float32,)) for launch in launches]
+    assert compiled == [once, once]
+    assert kernel.launched == 0
+
+
+def test_a_step_whose_host_code_needs_values_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_met", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    ragged = sort_by_expert(torch.tensor([[0]]), 1)
+    module.compile_ahead("key", torch.device("cuda", 0), ragged.segments)
