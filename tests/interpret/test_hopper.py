@@ -58,9 +58,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         names.append(launch.kernel.__name__)
         emulate(launch, *tensors)
 
-    def rows_launch(*args: Any) -> tuple[Any, int]:
-        launch, num_n = rows(*args)
-        return partial(emulated, launch), num_n
+    def rows_launch(*args: Any) -> tuple[Any, int, bool]:
+        launch, *more = rows(*args)
+        return partial(emulated, launch), *more
 
     monkeypatch.setattr(gemm_hopper, "rejects", lambda problem, device: None)
     monkeypatch.setattr(gemm_hopper, "device_of", lambda where: device)
@@ -86,6 +86,52 @@ def make(seed: int = 0, **changes: Any) -> Problem:
 def test_a_step_is_more_than_twice_as_wrong_as_eager(case: str, launches: list[str]) -> None:
     check(partial(make, **CASES[case]), backend="hopper")
     assert launches.count("rows_kernel") >= 3, launches
+
+
+GPT_OSS_LAYER: dict[str, Any] = {"activation": GPT_OSS, "transposed": True, "bias": True}
+# Problems whose last column tiles are narrow, with the columns of these: in the down projection, in
+# its gradient of h and in the gradient of x, where that does not run in the portable kernel.
+RESTS: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "64": ({"hidden": 320, "intermediate": 320}, [64, 64, 64]),
+    "128": ({"hidden": 384, "intermediate": 384}, [128, 128, 128]),
+    "40 of 64, in the hidden": ({"hidden": 296}, [64, 64]),
+    "40 of 64, in the intermediate": ({"intermediate": 296}, [128, 64]),
+    "104 of 128": ({"intermediate": 360}, [128, 128]),
+    "gpt-oss, 64": (GPT_OSS_LAYER | {"hidden": 320, "intermediate": 320}, [64, 64, 64]),
+    "gpt-oss, 128": (GPT_OSS_LAYER | {"hidden": 384, "intermediate": 384}, [128, 128, 128]),
+    "gpt-oss, 40 of 64": (GPT_OSS_LAYER | {"hidden": 296}, [64, 64]),
+    "gpt-oss, 104 of 128": (GPT_OSS_LAYER | {"intermediate": 360}, [128, 128]),
+    "not gated": (
+        {"activation": Activation(act="relu2", gated=False), "intermediate": 320, "bias": True},
+        [128, 64, 128],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RESTS)
+def test_a_narrow_last_column_tile_gives_other_numbers(
+    case: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All leaves train, so h is kept; what no tile writes is NaN."""
+    rules: list[hopper_config.RowsRule] = []
+
+    def heard(*args: Any, **kwargs: Any) -> hopper_config.RowsRule:
+        rules.append(hopper_config.rows_rule(*args, **kwargs))
+        return rules[-1]
+
+    monkeypatch.setattr(gemm_hopper, "rows_rule", heard)
+    changes, rests = RESTS[case]
+    with poison_empty():
+        check(partial(make, tokens=80, **changes), backend="hopper")
+    assert [rule.rest for rule in rules if rule.epilogue != "activate"] == rests
+    assert all(rule.rest == 0 for rule in rules if rule.epilogue == "activate")
+
+
+def test_a_last_column_tile_has_another_width() -> None:
+    expected = {256: 0, 8: 64, 64: 64, 72: 128, 384: 128, 392: 0, 511: 0, 2880: 64}
+    for epilogue in (None, "activate_backward"):
+        assert {n: hopper_config.rest_of(n, 256, epilogue) for n in expected} == expected
+    assert not any(hopper_config.rest_of(n, 256, "activate") for n in expected)
 
 
 def test_a_short_ring_gives_other_numbers(

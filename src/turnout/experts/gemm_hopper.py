@@ -113,8 +113,8 @@ def _rows_launch(
     weighted: bool,
     keep_z: bool,
     keep_h: bool,
-) -> tuple[Launch, int]:
-    """What is launched, and its column tiles."""
+) -> tuple[Launch, int, bool]:
+    """What is launched, its column tiles, and whether the last one is narrow."""
     from turnout.experts.hopper_kernels import rows_kernel
 
     rule = rows_rule(problem, top_k, weighted=weighted, keep_z=keep_z, keep_h=keep_h)
@@ -122,20 +122,24 @@ def _rows_launch(
     half = n // 2 if problem.epilogue == "activate" and rule.gated else 0
     num_n = -(-(2 * half if rule.paired else n) // rule.block_n)
     rows_box = (rule.block_m, rule.block_k)
-    weight_box = (rule.block_n // 2 if rule.paired else rule.block_n, rule.block_k)
-    if rule.n_major:
-        weight_box = (rule.block_k, rule.block_n)
+    box_n = rule.block_n // 2 if rule.paired else rule.block_n
 
-    def weights(width_k: int, stride: int) -> TensorMap:
-        shape = (experts * width_k, n) if rule.n_major else (experts * n, width_k)
-        return TensorMap(shape, (stride, 1), weight_box)
+    def weights(width_k: int, stride: int, columns: int) -> TensorMap:
+        if rule.n_major:
+            return TensorMap((experts * width_k, n), (stride, 1), (rule.block_k, columns))
+        return TensorMap((experts * n, width_k), (stride, 1), (columns, rule.block_k))
 
-    maps = {1: weights(k, weight_stride)}
+    maps = {1: weights(k, weight_stride, box_n)}
+    if rule.rest:
+        maps[13] = weights(k, weight_stride, rule.rest)
     if not rule.gather:
         maps[0] = TensorMap((problem.rows, k), (row_stride, 1), rows_box)
     if rank:
         maps[4] = TensorMap((problem.rows, rank), (rank, 1), rows_box)
-        maps[5] = weights(rank, n if rule.n_major else rank)
+        b_stride = n if rule.n_major else rank
+        maps[5] = weights(rank, b_stride, box_n)
+        if rule.rest:
+            maps[14] = weights(rank, b_stride, rule.rest)
     wide = 2 * n if rule.gated else n  # of z and dz in the backward pass
     sides = 2 if rule.gated and not rule.interleaved else 1
     if rule.z_boxes:
@@ -155,7 +159,8 @@ def _rows_launch(
     tiles = num_tiles(problem.rows, experts, rule.block_m)
     numbers = (n, k, rank, half, row_stride, num_n, tiles)
     grid = (min(chip.num_sms, tiles * num_n), 1, 1)
-    return Launch(rows_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps), num_n
+    launch = Launch(rows_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps)
+    return launch, num_n, rule.rest > 0
 
 
 def _stored(width: int, sides: int = 1) -> TensorMap:
@@ -208,7 +213,7 @@ def launch_rows(
     keep_h = backward is not None and backward.keep_h
     weight_TK = None if backward is None else backward.weight_TK
     width = gemm_triton.width_of(problem, epilogue)
-    launch, num_n = _rows_launch(
+    launch, num_n, has_rest = _rows_launch(
         problem,
         w_ENK.device,
         ragged.top_k,
@@ -223,6 +228,7 @@ def launch_rows(
     out = torch.empty(count, width, dtype=dtype, device=device)
     z = torch.empty(count, problem.n, dtype=dtype, device=device) if keep_z else None
     h = torch.empty(count, problem.n, dtype=dtype, device=device) if keep_h else None
+    b_ENR = None if tail is None else tail.b_ENR
     dot = None
     if backward is not None:
         dot = torch.empty(count, num_n, dtype=torch.float32, device=device)
@@ -232,7 +238,7 @@ def launch_rows(
         out,
         None if bias_EN is None else bias_EN.contiguous(),
         None if tail is None else tail.xa_SR,
-        None if tail is None else tail.b_ENR,
+        b_ENR,
         z if backward is None else backward.z_SG,
         h,
         dot,
@@ -240,6 +246,8 @@ def launch_rows(
         ragged.slot_S,
         ragged.tiles,
         ragged.offsets,
+        w_ENK if has_rest else None,
+        b_ENR if has_rest else None,
     )
     return RowsOut(out, z, dot, h)
 

@@ -26,7 +26,8 @@ class RowsRule(NamedTuple):
         paired: a column tile is half gate, half up columns.
         n_major: N is the contiguous dim of the weights.
         even_n: column tiles end where the columns do.
-        z_boxes: stages of a tile that the backward epilogue reads z from, DEPTH columns each.
+        rest: columns that the last column tile is cut to, or 0 if it is as wide as the others.
+        z_boxes: stages of a whole tile that the backward epilogue reads z from, DEPTH columns each.
         block_m, block_n, block_k, stages, group: tile sizes; row tiles that run together.
     """
 
@@ -48,6 +49,7 @@ class RowsRule(NamedTuple):
     paired: bool
     n_major: bool
     even_n: bool
+    rest: int
     z_boxes: int
     block_m: int
     block_n: int
@@ -76,6 +78,15 @@ class GramRule(NamedTuple):
     block_n: int
     block_k: int
     stages: int
+
+
+def rest_of(n: int, block_n: int, epilogue: str | None) -> int:
+    """Columns that the last column tile is cut to: a half or a quarter, where that holds the rest.
+
+    A tile of the forward epilogue has its gate and its up columns half and half, and stays whole.
+    """
+    rest = -(-(n % block_n) // DEPTH) * DEPTH
+    return rest if rest <= block_n // 2 and epilogue != "activate" else 0
 
 
 def rows_rule(
@@ -111,6 +122,7 @@ def rows_rule(
         paired=paired,
         n_major=not problem.weight_k_major,
         even_n=problem.n % block_n == 0,
+        rest=rest_of(problem.n, block_n, problem.epilogue),
         z_boxes=block_n // DEPTH * (2 if a.gated else 1) if backward else 0,
         block_m=ROWS,
         block_n=block_n,

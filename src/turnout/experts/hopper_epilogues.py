@@ -51,6 +51,17 @@ def _half(x, WHICH: gl.constexpr):
 
 
 @gluon.jit
+def _piece(x, WHICH: gl.constexpr):
+    """64 of a tile's 64, 128 or 256 columns."""
+    if x.shape[1] == BOX:
+        return x
+    elif x.shape[1] == 2 * BOX:
+        return _half(x, WHICH)
+    else:
+        return _half(_half(x, WHICH // 2), WHICH % 2)
+
+
+@gluon.jit
 def _pairs(x):
     """The even and the odd columns."""
     rows: gl.constexpr = x.shape[0]
@@ -94,10 +105,21 @@ def _put_four(out, buffers, value, place, column):
 
 
 @gluon.jit
+def _put_all(out, buffers, value, place, column):
+    """`_put` of a tile's one, two or four."""
+    if value.shape[1] == BOX:
+        _put(out, buffers.index(0), value, place, 0, column)
+    elif value.shape[1] == 2 * BOX:
+        _put_two(out, buffers, value, place, 0, column)
+    else:
+        _put_four(out, buffers, value, place, column)
+
+
+@gluon.jit
 def add_bias(acc, bias_ptr, expert, pid_n, N, HALF, RULE: gl.constexpr, LAYOUT: gl.constexpr):
     """acc + the expert's bias."""
-    block_n: gl.constexpr = RULE.block_n
-    j = gl.arange(0, block_n, layout=gl.SliceLayout(0, LAYOUT))
+    cols: gl.constexpr = acc.shape[1]
+    j = gl.arange(0, cols, layout=gl.SliceLayout(0, LAYOUT))
     if RULE.paired:
         half: gl.constexpr = RULE.block_n // 2
         n = pid_n * half + j % half
@@ -257,8 +279,8 @@ def _backward(
     N, _, _, _, _, num_n, _ = sizes
     rows: gl.constexpr = acc.shape[0]
     mixed: gl.constexpr = RULE.gated and RULE.interleaved
-    by_box: gl.constexpr = _half(_half(acc, 0), 0).type.layout
-    by_half: gl.constexpr = _half(_half(_half(acc, 0), 0), 0).type.layout
+    by_box: gl.constexpr = _piece(acc, 0).type.layout
+    by_half: gl.constexpr = _half(_piece(acc, 0), 0).type.layout
     layout: gl.constexpr = by_half if mixed else by_box
     # four columns of z for two of the sums: gates and ups of columns that a thread holds
     fours: gl.constexpr = gl.DistributedLinearLayout(
@@ -279,9 +301,9 @@ def _backward(
     weight = weight[:, None]
     dot = gl.zeros([rows], gl.float32, layout=by_row)
     puts: gl.constexpr = 1 + RULE.gated + RULE.keep_h
-    for piece in gl.static_range(RULE.block_n // BOX):
+    for piece in gl.static_range(acc.shape[1] // BOX):
         f0 = pid_n * RULE.block_n + piece * BOX
-        d = _half(_half(acc, piece // 2), piece % 2)
+        d = _piece(acc, piece)
         z = _take(ring, position, FROM, RULE, taken)
         position += 1
         if RULE.gated:
@@ -317,7 +339,7 @@ def finish(
     """
     out, z_out, _ = outs
     if RULE.epilogue == "none":
-        _put_four(out, buffers, acc, place, pid_n * RULE.block_n)
+        _put_all(out, buffers, acc, place, pid_n * RULE.block_n)
     elif RULE.epilogue == "activate":
         _activate(acc, place, pid_n, out, z_out, buffers, RULE)
     else:

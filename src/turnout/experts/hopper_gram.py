@@ -127,7 +127,9 @@ def _consume(WHO: gl.constexpr, out, offsets_ptr, buffers, ring, sizes, RULE: gl
         last = gl.load(offsets_ptr + expert + 1)
         steps = gl.cdiv(last - first, RULE.block_m)
         acc = gl.zeros([rows, block_k], gl.float32, layout=mma)
-        acc, position = multiply(acc, position, steps, ring, from_row, rows, 0, True, False, stages)
+        acc, position = multiply(
+            acc, position, steps, ring, from_row, rows, block_k, 0, True, False, stages
+        )
         n0 = (tile // num_k) % num_n * RULE.block_n + from_row
         k0 = tile % num_k * block_k
         if rows == 64:

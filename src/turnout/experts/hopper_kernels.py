@@ -50,6 +50,7 @@ def _start(
     ring,
     FROM: gl.constexpr,
     ROWS: gl.constexpr,
+    COLS: gl.constexpr,
     DEPTH: gl.constexpr,
     A_BY_COLUMN: gl.constexpr,
     B_BY_COLUMN: gl.constexpr,
@@ -66,6 +67,8 @@ def _start(
         a = a.slice(FROM, ROWS)
     if B_BY_COLUMN:
         b = b.permute((1, 0))
+    if b.shape[1] > COLS:
+        b = b.slice(0, COLS, dim=1)
     if b.shape[0] > DEPTH:
         a, b = a.slice(0, DEPTH, dim=1), b.slice(0, DEPTH)
     return warpgroup_mma(a, b, acc, is_async=True)
@@ -79,6 +82,7 @@ def multiply(
     ring,
     FROM: gl.constexpr,
     ROWS: gl.constexpr,
+    COLS: gl.constexpr,
     LAST: gl.constexpr,
     A_BY_COLUMN: gl.constexpr,
     B_BY_COLUMN: gl.constexpr,
@@ -88,19 +92,20 @@ def multiply(
 
     Also returns the position behind them.
 
-    A is ROWS from FROM of its tile, which lies as (M, K), or as (K, M) with A_BY_COLUMN; B lies as
-    (K, N), or as (N, K) with B_BY_COLUMN. Stages are handed back as they are read.
+    A is ROWS from FROM of its tile, which lies as (M, K), or as (K, M) with A_BY_COLUMN; B is the
+    first COLS of its tile, which lies as (K, N), or as (N, K) with B_BY_COLUMN. Stages are handed
+    back as they are read.
     """
     a_smem, _, _, empty = ring
     depth: gl.constexpr = a_smem.shape[1] if A_BY_COLUMN else a_smem.shape[2]
     begin = position
     for _ in range(steps):
-        acc = _start(acc, position, ring, FROM, ROWS, depth, A_BY_COLUMN, B_BY_COLUMN, STAGES)
+        acc = _start(acc, position, ring, FROM, ROWS, COLS, depth, A_BY_COLUMN, B_BY_COLUMN, STAGES)
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(empty.index((position + STAGES - 1) % STAGES), pred=position > begin)
         position += 1
     if LAST > 0:
-        acc = _start(acc, position, ring, FROM, ROWS, LAST, A_BY_COLUMN, B_BY_COLUMN, STAGES)
+        acc = _start(acc, position, ring, FROM, ROWS, COLS, LAST, A_BY_COLUMN, B_BY_COLUMN, STAGES)
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(empty.index((position + STAGES - 1) % STAGES), pred=position > begin)
         position += 1
@@ -119,10 +124,13 @@ def _place(index, num_tiles, num_n, RULE: gl.constexpr):
 
 
 @gluon.jit
-def _copy_weights(w_map, expert, n0, k0, width_k, HALF, bar, smem, RULE: gl.constexpr):
-    """Starts the copy of one tile of an expert's weight, or of its adapter."""
+def _copy_weights(
+    w_map, expert, n0, k0, width_k, HALF, bar, smem, COLS: gl.constexpr, RULE: gl.constexpr
+):
+    """Starts the copy of COLS columns of an expert's weight, or of its adapter."""
+    smem = smem.slice(0, COLS, dim=1 if RULE.n_major else 0)
     if RULE.paired:
-        half: gl.constexpr = RULE.block_n // 2
+        half: gl.constexpr = COLS // 2
         tma.async_copy_global_to_shared(w_map, [n0, k0], bar, smem.slice(0, half))
         tma.async_copy_global_to_shared(w_map, [n0 + HALF, k0], bar, smem.slice(half, half))
     elif RULE.n_major:
@@ -132,123 +140,185 @@ def _copy_weights(w_map, expert, n0, k0, width_k, HALF, bar, smem, RULE: gl.cons
 
 
 @gluon.jit
-def _produce(a, w_map, xa_map, b_map, z_map, pointers, ring, sizes, RULE: gl.constexpr):
-    _, _, _, slot_ptr, tiles_ptr, offsets_ptr = pointers
+def _fill_tile(
+    position,
+    place,
+    sources,
+    weights,
+    pointers,
+    ring,
+    sizes,
+    COLS: gl.constexpr,
+    RULE: gl.constexpr,
+):
+    """Fills the stages of a tile of COLS columns, from `position`; returns the one behind them.
+
+    `place` is its first row, its expert and its column tile; `weights` are maps with boxes as wide.
+    """
+    first, expert, pid_n = place
+    a, xa_map, z_map = sources
+    w_map, b_map = weights
+    _, _, _, slot_ptr, _, offsets_ptr = pointers
     a_smem, b_smem, full, empty = ring
-    N, K, R, HALF, stride_am, num_n, num_tiles = sizes
+    N, K, R, HALF, stride_am, _, _ = sizes
     block_k: gl.constexpr = RULE.block_k
     stages: gl.constexpr = RULE.stages
-    b_bytes: gl.constexpr = RULE.block_n * block_k * BYTES
+    b_bytes: gl.constexpr = COLS * block_k * BYTES
     a_bytes: gl.constexpr = RULE.block_m * block_k * BYTES
     bytes: gl.constexpr = a_bytes + b_bytes
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    block_m: gl.constexpr = RULE.block_m
-    m = gl.arange(0, block_m, layout=gl.SliceLayout(1, layout))
-    k = gl.arange(0, block_k, layout=gl.SliceLayout(0, layout))
-    steps = gl.cdiv(K, block_k)
+    if RULE.paired:
+        n0 = expert * N + pid_n * (RULE.block_n // 2)
+    elif RULE.n_major:
+        n0 = pid_n * RULE.block_n
+    else:
+        n0 = expert * N + pid_n * RULE.block_n
+    if RULE.gather:
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        block_m: gl.constexpr = RULE.block_m
+        m = gl.arange(0, block_m, layout=gl.SliceLayout(1, layout))
+        k = gl.arange(0, block_k, layout=gl.SliceLayout(0, layout))
+        row = first + m
+        last = gl.load(offsets_ptr + expert + 1)
+        token = gl.load(slot_ptr + row, mask=row < last, other=0) // RULE.top_k
+        a_rows = a + (token * stride_am)[:, None] + k[None, :]
+    for step in range(gl.cdiv(K, block_k)):
+        stage = wait_empty(empty, position, stages)
+        bar = full.index(stage)
+        k0 = step * block_k
+        if RULE.gather:
+            mbarrier.expect(bar, b_bytes)
+            async_copy.async_copy_global_to_shared(a_smem.index(stage), a_rows + k0)
+            async_copy.mbarrier_arrive(bar, increment_count=False)
+        else:
+            mbarrier.expect(bar, bytes)
+            tma.async_copy_global_to_shared(a, [first, k0], bar, a_smem.index(stage))
+        _copy_weights(w_map, expert, n0, k0, K, HALF, bar, b_smem.index(stage), COLS, RULE)
+        position += 1
+    if RULE.tail > 0:
+        for step in range(gl.cdiv(R, block_k)):
+            stage = wait_empty(empty, position, stages)
+            bar = full.index(stage)
+            k0 = step * block_k
+            mbarrier.expect(bar, bytes)
+            if RULE.gather:
+                fence_async_shared()  # TMA writes what cp.async wrote
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+            tma.async_copy_global_to_shared(xa_map, [first, k0], bar, a_smem.index(stage))
+            _copy_weights(b_map, expert, n0, k0, R, HALF, bar, b_smem.index(stage), COLS, RULE)
+            position += 1
+    if RULE.epilogue == "activate_backward":
+        f0 = pid_n * RULE.block_n
+        for box in range(RULE.z_boxes * COLS // RULE.block_n):
+            stage = wait_empty(empty, position, stages)
+            bar = full.index(stage)
+            mbarrier.expect(bar, a_bytes)
+            if RULE.gather:
+                fence_async_shared()
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+            if not RULE.gated:
+                g0 = f0 + box * block_k
+            elif RULE.interleaved:
+                g0 = 2 * f0 + box * block_k
+            else:
+                g0 = f0 + box // 2 * block_k + box % 2 * N
+            tma.async_copy_global_to_shared(z_map, [first, g0], bar, a_smem.index(stage))
+            position += 1
+    return position
+
+
+@gluon.jit
+def _produce(sources, weights, rest, pointers, ring, sizes, RULE: gl.constexpr):
+    _, _, _, _, tiles_ptr, _ = pointers
+    _, _, _, _, _, num_n, num_tiles = sizes
     position = 0
     for index in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
         tile, pid_n = _place(index, num_tiles, num_n, RULE)
         expert = gl.load(tiles_ptr + tile)
         if expert >= 0:
-            first = gl.load(tiles_ptr + num_tiles + tile)
-            if RULE.paired:
-                n0 = expert * N + pid_n * (RULE.block_n // 2)
-            elif RULE.n_major:
-                n0 = pid_n * RULE.block_n
+            place = (gl.load(tiles_ptr + num_tiles + tile), expert, pid_n)
+            if RULE.rest > 0 and pid_n == num_n - 1:
+                position = _fill_tile(
+                    position, place, sources, rest, pointers, ring, sizes, RULE.rest, RULE
+                )
             else:
-                n0 = expert * N + pid_n * RULE.block_n
-            if RULE.gather:
-                row = first + m
-                last = gl.load(offsets_ptr + expert + 1)
-                token = gl.load(slot_ptr + row, mask=row < last, other=0) // RULE.top_k
-                a_rows = a + (token * stride_am)[:, None] + k[None, :]
-            for step in range(steps):
-                stage = wait_empty(empty, position, stages)
-                bar = full.index(stage)
-                k0 = step * block_k
-                if RULE.gather:
-                    mbarrier.expect(bar, b_bytes)
-                    async_copy.async_copy_global_to_shared(a_smem.index(stage), a_rows + k0)
-                    async_copy.mbarrier_arrive(bar, increment_count=False)
-                else:
-                    mbarrier.expect(bar, bytes)
-                    tma.async_copy_global_to_shared(a, [first, k0], bar, a_smem.index(stage))
-                _copy_weights(w_map, expert, n0, k0, K, HALF, bar, b_smem.index(stage), RULE)
-                position += 1
-            if RULE.tail > 0:
-                for step in range(gl.cdiv(R, block_k)):
-                    stage = wait_empty(empty, position, stages)
-                    bar = full.index(stage)
-                    k0 = step * block_k
-                    mbarrier.expect(bar, bytes)
-                    if RULE.gather:
-                        fence_async_shared()  # TMA writes what cp.async wrote
-                        async_copy.mbarrier_arrive(bar, increment_count=False)
-                    tma.async_copy_global_to_shared(xa_map, [first, k0], bar, a_smem.index(stage))
-                    _copy_weights(b_map, expert, n0, k0, R, HALF, bar, b_smem.index(stage), RULE)
-                    position += 1
-            if RULE.epilogue == "activate_backward":
-                f0 = pid_n * RULE.block_n
-                for box in range(RULE.z_boxes):
-                    stage = wait_empty(empty, position, stages)
-                    bar = full.index(stage)
-                    mbarrier.expect(bar, a_bytes)
-                    if RULE.gather:
-                        fence_async_shared()
-                        async_copy.mbarrier_arrive(bar, increment_count=False)
-                    if not RULE.gated:
-                        g0 = f0 + box * block_k
-                    elif RULE.interleaved:
-                        g0 = 2 * f0 + box * block_k
-                    else:
-                        g0 = f0 + box // 2 * block_k + box % 2 * N
-                    tma.async_copy_global_to_shared(z_map, [first, g0], bar, a_smem.index(stage))
-                    position += 1
+                position = _fill_tile(
+                    position, place, sources, weights, pointers, ring, sizes, RULE.block_n, RULE
+                )
 
 
 @gluon.jit
-def _consume(WHO: gl.constexpr, pointers, outs, buffers, ring, sizes, RULE: gl.constexpr):
-    bias_ptr, _, _, _, tiles_ptr, offsets_ptr = pointers
-    N, K, R, HALF, _, num_n, num_tiles = sizes
+def _compute_tile(
+    begin,
+    place,
+    pointers,
+    outs,
+    buffers,
+    ring,
+    sizes,
+    FROM: gl.constexpr,
+    COLS: gl.constexpr,
+    RULE: gl.constexpr,
+):
+    """Multiplies and stores the consumer's rows, those from FROM, of a tile of COLS columns.
+
+    Its stages begin at `begin`; returns the position behind them. `place` is its first row, its
+    expert and its column tile.
+    """
+    first, expert, pid_n = place
+    bias_ptr, _, _, _, _, offsets_ptr = pointers
+    N, K, R, HALF, _, _, _ = sizes
     rows: gl.constexpr = RULE.block_m // 2
-    from_row: gl.constexpr = WHO * rows
-    block_n: gl.constexpr = RULE.block_n
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, block_n, 16])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     by_column: gl.constexpr = not RULE.n_major
     stages: gl.constexpr = RULE.stages
     last_k: gl.constexpr = RULE.tail % RULE.block_k  # of the contraction, in the last stage
     steps = gl.cdiv(K, RULE.block_k)
     if RULE.tail == RULE.block_k:
         steps += gl.cdiv(R, RULE.block_k)
-    stages_of_tile = steps + (1 if last_k > 0 else 0) + RULE.z_boxes
+    last = gl.load(offsets_ptr + expert + 1)
+    acc = gl.zeros([rows, COLS], gl.float32, layout=mma)
+    acc, position = multiply(
+        acc, begin, steps, ring, FROM, rows, COLS, last_k, False, by_column, stages
+    )
+    if RULE.rest > 0:
+        tma.store_wait(0)  # the tile before may have ended with either box
+    if RULE.bias:
+        acc = add_bias(acc, bias_ptr, expert, pid_n, N, HALF, RULE, mma)
+    finish(
+        acc,
+        (first + FROM, last),
+        pid_n,
+        pointers,
+        outs,
+        buffers,
+        ring,
+        position,
+        sizes,
+        FROM,
+        RULE,
+    )
+    return begin + steps + (1 if last_k > 0 else 0) + RULE.z_boxes * COLS // RULE.block_n
+
+
+@gluon.jit
+def _consume(WHO: gl.constexpr, pointers, outs, buffers, ring, sizes, RULE: gl.constexpr):
+    _, _, _, _, tiles_ptr, _ = pointers
+    _, _, _, _, _, num_n, num_tiles = sizes
+    from_row: gl.constexpr = WHO * (RULE.block_m // 2)
     begin = 0
     for index in range(gl.program_id(0), num_tiles * num_n, gl.num_programs(0)):
         tile, pid_n = _place(index, num_tiles, num_n, RULE)
         expert = gl.load(tiles_ptr + tile)
         if expert >= 0:
-            first = gl.load(tiles_ptr + num_tiles + tile)
-            last = gl.load(offsets_ptr + expert + 1)
-            acc = gl.zeros([rows, block_n], gl.float32, layout=mma)
-            acc, position = multiply(
-                acc, begin, steps, ring, from_row, rows, last_k, False, by_column, stages
-            )
-            if RULE.bias:
-                acc = add_bias(acc, bias_ptr, expert, pid_n, N, HALF, RULE, mma)
-            finish(
-                acc,
-                (first + from_row, last),
-                pid_n,
-                pointers,
-                outs,
-                buffers,
-                ring,
-                position,
-                sizes,
-                from_row,
-                RULE,
-            )
-            begin += stages_of_tile
+            place = (gl.load(tiles_ptr + num_tiles + tile), expert, pid_n)
+            if RULE.rest > 0 and pid_n == num_n - 1:
+                begin = _compute_tile(
+                    begin, place, pointers, outs, buffers, ring, sizes, from_row, RULE.rest, RULE
+                )
+            else:
+                begin = _compute_tile(
+                    begin, place, pointers, outs, buffers, ring, sizes, from_row, RULE.block_n, RULE
+                )
     tma.store_wait(0)
 
 
@@ -267,6 +337,8 @@ def rows_kernel(
     slot_ptr,
     tiles_ptr,
     offsets_ptr,
+    w_rest,
+    b_rest,
     N,
     K,
     R,
@@ -281,8 +353,10 @@ def rows_kernel(
     Grid: one program per multiprocessor, which take the tiles in turn. Assumes: rows of one tile
     belong to one expert; `a` is a map of (S, K), or a pointer to (T, K) when rows are gathered,
     with K a multiple of block_k; weights are maps of (E * N, K), or of (E * K, N) when N is the
-    contiguous dim, with K a multiple of block_k; xa carries the scaling; what is written are maps
-    as `hopper_epilogues` describes them, z a map of (S, its width) where it is read.
+    contiguous dim, with K a multiple of block_k; `w_rest` and `b_rest` are the same weights with
+    boxes of RULE.rest columns, where the last column tile is narrow; xa carries the scaling; what
+    is written are maps as `hopper_epilogues` describes them, z a map of (S, its width) where it is
+    read.
     Cost: 2 S N (K + R) FLOPs, R rounded up to block_k; S K + E N K + S N elements, each once if L2
     holds an expert.
     """
@@ -306,12 +380,13 @@ def rows_kernel(
     ring = (a_smem, b_smem, full, empty)
     sizes = (N, K, R, HALF, stride_am, num_n, num_tiles)
     pointers = (bias_ptr, dot_ptr, weight_ptr, slot_ptr, tiles_ptr, offsets_ptr)
+    sources = (a, xa_map, z_map)
     outs = (out, z_map, h_map)
     gl.warp_specialize(
         [
             (_consume, (0, pointers, outs, first_boxes, ring, sizes, RULE)),
             (_consume, (1, pointers, outs, second_boxes, ring, sizes, RULE)),
-            (_produce, (a, w_map, xa_map, b_map, z_map, pointers, ring, sizes, RULE)),
+            (_produce, (sources, (w_map, b_map), (w_rest, b_rest), pointers, ring, sizes, RULE)),
         ],
         [4, 4],
         [232, 40],
