@@ -89,7 +89,8 @@ def count(call: Call) -> tuple[str, int, int]:
 
 
 def calls_of(step: Callable[[], object]) -> list[Call]:
-    """The calls of `passes` while the step runs."""
+    """The calls of `passes` while the step runs; before its kernels are compiled there are more."""
+    step()
     found: list[Call] = []
 
     def keeping(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -88,13 +88,18 @@ def noting(into: list[tuple[Any, tuple[torch.dtype | None, ...]]]) -> Iterator[N
         _listener.noted = before
 
 
+def nothing_runs() -> bool:
+    """Launches of this thread are noted, so what they would write is not written."""
+    return _listener.noted is not None
+
+
 def needs_values() -> None:
     """To be called before the host waits for a tensor's values.
 
     Raises:
         ValueNeeded: launches are noted, so there are none.
     """
-    if _listener.noted is not None:
+    if nothing_runs():
         raise ValueNeeded
 
 

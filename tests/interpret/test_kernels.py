@@ -13,7 +13,7 @@ from torch import Tensor
 import turnout
 from problems import GPT_OSS, Problem, assert_same, check, random_problem, run
 from turnout import Activation
-from turnout.launch import interpreting
+from turnout.launch import interpreting, noting
 from turnout.ragged import Ragged, sort_by_expert
 from turnout.ragged.kernels import launch_sort
 
@@ -127,6 +127,16 @@ def test_dropout_under_autocast_mixes_dtypes() -> None:
     for name, value in seeded(function=turnout.reference.expert_mlp).items():
         if value is not None:
             torch.testing.assert_close(got[name], value, rtol=2e-2, atol=2e-2, check_dtype=False)
+
+
+def test_indices_that_nothing_computed_lead_out_of_a_tensor() -> None:
+    noted: list[object] = []
+    with noting(noted):
+        ragged = sort_by_expert(torch.randint(0, 5, (40, 3)), 5)
+    assert noted
+    for index in (ragged.slot_S, ragged.row_TK, ragged.offsets, ragged.tiles):
+        assert index is not None
+        assert not index.any()
 
 
 SIZES = [(1, 1, 1, 64), (5, 2, 3, 16), (700, 3, 8, 64), (64, 32, 300, 32), (3000, 2, 5, 128)]

@@ -36,6 +36,8 @@ def rows_config(problem: GemmProblem, tile_rows: int, device: Device) -> dict[st
     if tile_rows <= 64 and block_n <= 64 and item == 2:
         block_k = 128 if small else 256 if block_n <= 32 else 128
         block_k = min(block_k, max(32, power_of_2(problem.k)))
+    if problem.narrow and not (small or problem.gathered) and tile_rows > 64:
+        block_k = 128  # bound by memory: longer pieces of contiguous rows
     warps = 8 if tile_rows * block_n >= 128 * 128 else 4
     stage = (tile_rows + block_n) * block_k * item
     stages = max(2, min(4, (room - 8192) // stage))
@@ -57,11 +59,17 @@ def gram_config(problem: GemmProblem, device: Device) -> dict[str, int]:
     wide = 64 if small else 128
     block_n = max(16, min(wide, power_of_2(problem.n)))
     block_k = max(16, min(wide, power_of_2(problem.k)))
-    block_m = 32 if small else 128 if min(block_n, block_k) <= 32 else 64
+    narrow = min(block_n, block_k) <= 32 and not small
+    block_m = 32 if small else 128 if narrow else 64
     if problem.dtype == "float32":
         block_m = 16  # sums of short chains, as in `rows_config`
+    deepest = 4
+    if narrow and not problem.gathered and max(block_n, block_k) == wide:
+        # bound by memory: longer pieces of fewer rows
+        block_n, block_k = (2 * b if b == wide else b for b in (block_n, block_k))
+        block_m, deepest = 64, 3
     warps = 8 if block_n * block_k >= 128 * 128 else 4
-    stages = max(2, min(4, (room - 8192) // ((block_n + block_k) * block_m * item)))
+    stages = max(2, min(deepest, (room - 8192) // ((block_n + block_k) * block_m * item)))
     return {
         "EXPERT_FIRST": min(problem.n, problem.k) <= 256,
         "BLOCK_N": block_n,

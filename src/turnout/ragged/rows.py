@@ -22,7 +22,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from turnout.launch import INSTALLED, interpreting, needs_values
+from turnout.launch import INSTALLED, interpreting, needs_values, nothing_runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +119,9 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int, counted: Tensor | None 
         tile_rows = tile_rows_of(rows, num_experts)
         sort = _launch_sort()
         slot_S, row_TK, offsets, tiles = sort(experts_TK, num_experts, tile_rows, counted)
+        if nothing_runs():  # and PyTorch may index with them
+            for index in (slot_S, row_TK, offsets, tiles):
+                index.zero_()
         return Ragged(
             slot_S=slot_S, row_TK=row_TK, offsets=offsets, tiles=tiles, tile_rows=tile_rows
         )
