@@ -37,8 +37,8 @@ def compile_ahead(key: Hashable, device: torch.device, dry: Callable[[], object]
     try:
         with noting(wanted):
             dry()
-    except ValueNeeded:
-        return
+    except (ValueNeeded, torch.OutOfMemoryError):
+        return  # then each is compiled when it is launched
     if len(wanted) > 1:
         workers = min(WORKERS, len(os.sched_getaffinity(0)))
         with torch.cuda.device(device), ThreadPoolExecutor(workers) as pool:

@@ -84,3 +84,14 @@ def test_a_step_whose_host_code_needs_values_fails(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     ragged = sort_by_expert(torch.tensor([[0]]), 1)
     module.compile_ahead("key", torch.device("cuda", 0), ragged.segments)
+
+
+def test_a_step_that_barely_fits_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward pass that is foreseen needs memory before it is needed."""
+    monkeypatch.setattr(module, "_met", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def dry() -> None:
+        raise torch.OutOfMemoryError
+
+    module.compile_ahead("key", torch.device("cuda", 0), dry)
