@@ -1,23 +1,25 @@
-"""The kernels of a step are compiled side by side, before the first of them runs.
+"""The kernels of a step are compiled before the first of them runs, their launchers beside them.
 
-Triton compiles a kernel at its first launch, so the first step of a layer compiles some twenty, one
-after the other. But the host code of a pass reads no value of a tensor: it can run once with its
-launches noted instead of started, and what it would launch is compiled by many threads (Triton's
-`AsyncCompileMode`; its compiler lets go of Python's lock). An error is left for the launch itself.
+Triton compiles a kernel at its first launch, and then, with the machine's C compiler, the function
+that starts it; the first step of a layer does both some twenty times. But the host code of a pass
+reads no value of a tensor: it can run once with its launches noted instead of started. So all that
+a step needs is known at once, and while Triton works on one kernel, a second thread has the C
+compiler at work for the kernel before.
+
+The kernels themselves are compiled one after the other: with many threads at once (Triton's
+`AsyncCompileMode`) a run of the GPU tests ended in an illegal memory access, and the same run
+without it did not.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from turnout.launch import Launch, ValueNeeded, noting
-
-WORKERS = 16
 
 _met: set[Hashable] = set()
 
@@ -40,26 +42,24 @@ def compile_ahead(key: Hashable, device: torch.device, dry: Callable[[], object]
     except (ValueNeeded, torch.OutOfMemoryError):
         return  # then each is compiled when it is launched
     if len(wanted) > 1:
-        workers = min(WORKERS, len(os.sched_getaffinity(0)))
-        with torch.cuda.device(device), ThreadPoolExecutor(workers) as pool:
-            _compile(list(dict.fromkeys(wanted)), pool)
+        with torch.cuda.device(device), ThreadPoolExecutor(1) as beside:
+            _compile(dict.fromkeys(wanted), beside)
 
 
 def _compile(
-    wanted: list[tuple[Launch, tuple[torch.dtype | None, ...]]], pool: ThreadPoolExecutor
+    wanted: Iterable[tuple[Launch, tuple[torch.dtype | None, ...]]], beside: Executor
 ) -> None:
-    from triton import AsyncCompileMode
+    from triton.runtime import driver
+    from triton.runtime.errors import TritonError
 
-    device = torch.cuda.current_device()
+    def build_launcher(kernel: Any) -> None:
+        """Into Triton's cache; an error is met again, and said, when the kernel is launched."""
+        driver.active.launcher_cls(kernel.src, kernel.metadata)
 
-    def load(kernel: Any) -> None:
-        """The kernel on the GPU, and what starts it, which is compiled as well."""
-        torch.cuda.set_device(device)  # of this thread
-        _ = kernel.run
-
-    with AsyncCompileMode(pool, ignore_errors=True):
-        compiling = [launch.compile(dtypes) for launch, dtypes in wanted]
-    done = [one.result(True) if hasattr(one, "result") else one for one in compiling]
-    for kernel in done:
-        if kernel is not None:
-            pool.submit(load, kernel)
+    for launch, dtypes in wanted:
+        try:
+            kernel = launch.compile(dtypes)
+        except (TritonError, RuntimeError):
+            return  # the launch meets it again, if the step gets there
+        if kernel is not None:  # a hook of Triton's may leave it out
+            beside.submit(build_launcher, kernel)

@@ -215,8 +215,7 @@ class Launch:
         return self._ready.get(self._key(device, tensors))
 
     def compile(self, dtypes: tuple[torch.dtype | None, ...]) -> Any:
-        """Triton's compiled kernel for aligned tensors of these dtypes, or a promise of it within
-        `AsyncCompileMode`."""
+        """Triton's compiled kernel for aligned tensors of these dtypes; None if a hook forbids."""
         from triton.runtime.jit import MockTensor
 
         given: list[Any] = [None if dtype is None else MockTensor(dtype) for dtype in dtypes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def test_the_same_step_is_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(module, "_met", set())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
-    monkeypatch.setattr(module, "_compile", lambda wanted, pool: compiled.append(wanted))
+    monkeypatch.setattr(module, "_compile", lambda wanted, pool: compiled.append(list(wanted)))
 
     def dry() -> None:
         for launch in (*launches, launches[0]):
@@ -95,3 +96,18 @@ def test_a_step_that_barely_fits_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError
 
     module.compile_ahead("key", torch.device("cuda", 0), dry)
+
+
+def test_a_kernel_that_does_not_compile_fails_before_it_is_needed() -> None:
+    """Somebody who asks for no gradient never launches the backward pass."""
+    pytest.importorskip("triton")
+    tried: list[str] = []
+
+    class Refused(Kernel):
+        def run(self, *args: Any, **options: Any) -> None:
+            tried.append("it")
+            raise RuntimeError("does not compile")
+
+    with ThreadPoolExecutor(1) as beside:
+        module._compile([(launch_of(Refused()), (torch.float32,))], beside)
+    assert tried
