@@ -1,25 +1,45 @@
-"""The kernels of a step are compiled before the first of them runs, their launchers beside them.
+"""The kernels of a step are compiled before the first of them runs, by several processes.
 
 Triton compiles a kernel at its first launch, and then, with the machine's C compiler, the function
 that starts it; the first step of a layer does both some twenty times. But the host code of a pass
 reads no value of a tensor: it can run once with its launches noted instead of started. So all that
-a step needs is known at once, and while Triton works on one kernel, a second thread has the C
-compiler at work for the kernel before.
-
-The kernels themselves are compiled one after the other: with many threads at once (Triton's
-`AsyncCompileMode`) a run of the GPU tests ended in an illegal memory access, and the same run
-without it did not.
+a step needs is known at once, and where the first kernel was not in Triton's cache, worker
+processes (`compile_worker.py`) put the others there. Processes, not threads: with Triton's
+`AsyncCompileMode` and many threads, a run of the GPU tests ended in an illegal memory access, and
+the same run without it did not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from concurrent.futures import Executor, ThreadPoolExecutor
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from time import perf_counter
 from typing import Any
 
 import torch
 
+from turnout.compile_worker import DONE, Source
 from turnout.launch import Launch, ValueNeeded, noting
+
+MOST_WORKERS = 8
+WORKERS_PAY = 3  # kernels that are left; a worker takes seconds to start
+CACHED_S = 0.2  # a kernel that took longer was not in Triton's cache
+PATIENCE_S = 120.0  # for a worker
+
+Wanted = tuple[Launch, tuple[torch.dtype | None, ...]]
+
+_BEGIN = """
+import sys
+sys.path[:] = sys.argv[1:]
+from turnout.compile_worker import main
+main()
+"""
 
 _met: set[Hashable] = set()
 
@@ -35,31 +55,121 @@ def compile_ahead(key: Hashable, device: torch.device, dry: Callable[[], object]
     if key in _met or torch.cuda.is_current_stream_capturing():
         return
     _met.add(key)
-    wanted: list[tuple[Launch, tuple[torch.dtype | None, ...]]] = []
+    wanted: list[Wanted] = []
     try:
         with noting(wanted):
             dry()
     except (ValueNeeded, torch.OutOfMemoryError):
         return  # then each is compiled when it is launched
     if len(wanted) > 1:
-        with torch.cuda.device(device), ThreadPoolExecutor(1) as beside:
-            _compile(dict.fromkeys(wanted), beside)
+        with torch.cuda.device(device):
+            _compile(list(dict.fromkeys(wanted)), _num_workers())
 
 
-def _compile(
-    wanted: Iterable[tuple[Launch, tuple[torch.dtype | None, ...]]], beside: Executor
-) -> None:
-    from triton.runtime import driver
+def _num_workers() -> int:
+    """As if there were a process for every GPU here, each with its share of half of the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    share = cores // 2 // max(1, torch.cuda.device_count())
+    return min(MOST_WORKERS, share) if share > 1 else 0
+
+
+def _compile(wanted: Sequence[Wanted], num_workers: int) -> None:
+    """An error is left for the launch that meets it again, if the step gets there."""
     from triton.runtime.errors import TritonError
 
-    def build_launcher(kernel: Any) -> None:
-        """Into Triton's cache; an error is met again, and said, when the kernel is launched."""
-        driver.active.launcher_cls(kernel.src, kernel.metadata)
+    try:
+        for index, (launch, dtypes) in enumerate(wanted):
+            start = perf_counter()
+            launch.compile(dtypes)
+            # the first kernel of a process waits for Triton's own preparations
+            is_slow = index > 0 and perf_counter() - start > CACHED_S
+            left = wanted[index + 1 :]
+            if is_slow and num_workers and len(left) >= WORKERS_PAY:
+                found = [source_of(*one) for one in left]
+                share([source for source in found if source], num_workers)
+                num_workers = 0
+    except (TritonError, RuntimeError, OSError):
+        return
 
-    for launch, dtypes in wanted:
+
+def share(sources: Sequence[Source], num_workers: int) -> int:
+    """Have kernels compiled by workers.
+
+    Returns:
+        How many they put into Triton's cache, with their launchers.
+    """
+    from triton import knobs
+
+    # taken from the end: those with TMA take longest
+    left = sorted(sources, key=lambda source: "tensordesc" in str(source.signature))
+
+    def feed(worker: subprocess.Popen[bytes]) -> int:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        done = 0
         try:
-            kernel = launch.compile(dtypes)
-        except (TritonError, RuntimeError):
-            return  # the launch meets it again, if the step gets there
-        if kernel is not None:  # a hook of Triton's may leave it out
-            beside.submit(build_launcher, kernel)
+            worker.stdin.write(pickle.dumps(knobs.cache.dir))
+            while True:
+                worker.stdin.write(pickle.dumps(left.pop()))
+                worker.stdin.flush()
+                answer = worker.stdout.read(1)
+                if not answer:
+                    return done
+                done += answer == DONE
+        except (IndexError, OSError):  # all are taken, or the worker is gone
+            return done
+
+    num_workers = min(num_workers, len(left))
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        workers: list[subprocess.Popen[bytes]] = []
+        try:
+            workers += [_start() for _ in range(num_workers)]
+            feeding = [pool.submit(feed, worker) for worker in workers]
+            wait(feeding, timeout=PATIENCE_S)
+        finally:
+            for worker in workers:
+                worker.kill()
+    for worker in workers:
+        worker.communicate()
+    return sum(one.result() for one in feeding)
+
+
+def _start() -> subprocess.Popen[bytes]:
+    """A worker that finds the packages where this process does."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _BEGIN, *sys.path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def source_of(launch: Launch, dtypes: tuple[torch.dtype | None, ...]) -> Source | None:
+    """What Triton would compile for a launch; None if this process has compiled it."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    found: list[Source] = []
+    target, thread = driver.active.get_current_target(), threading.get_ident()
+
+    def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        if threading.get_ident() != thread:
+            return False  # a launch of somebody else, which has to be compiled
+        options = json.loads(compile["specialization_data"])["options"]
+        found.append(
+            Source(
+                fn.module,
+                fn.name,
+                compile["signature"],
+                compile["constants"],
+                compile["configs"][0],
+                {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()},
+                (target.backend, target.arch, target.warp_size),
+            )
+        )
+        return True  # do not compile
+
+    with knobs.runtime.scope():
+        knobs.runtime.jit_cache_hook = note
+        launch.compile(dtypes)
+    return found[0] if found else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import time
 from typing import Any
 
 import pytest
@@ -108,6 +108,23 @@ def test_a_kernel_that_does_not_compile_fails_before_it_is_needed() -> None:
             tried.append("it")
             raise RuntimeError("does not compile")
 
-    with ThreadPoolExecutor(1) as beside:
-        module._compile([(launch_of(Refused()), (torch.float32,))], beside)
+    module._compile([(launch_of(Refused()), (torch.float32,))], 0)
     assert tried
+
+
+@pytest.mark.parametrize("seconds", [0.0, 2 * module.CACHED_S])
+def test_workers_start_for_kernels_in_the_cache_or_not_for_others(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    given: list[Any] = []
+
+    class Compiles(Kernel):
+        def run(self, *args: Any, **options: Any) -> None:
+            time.sleep(seconds)
+
+    monkeypatch.setattr(module, "source_of", lambda launch, dtypes: launch)
+    monkeypatch.setattr(module, "share", lambda sources, workers: given.append(sources))
+    launches = [launch_of(Compiles()) for _ in range(6)]
+    module._compile([(launch, ()) for launch in launches], 4)
+    assert given == ([launches[2:]] if seconds else [])

@@ -27,6 +27,7 @@ LAYERS = {
     "ragged": 3,
     "replay": 3,
     "compile_ahead": 3,
+    "compile_worker": 2,
     "quant": 3,
     "tuning": 4,
     "routing": 5,

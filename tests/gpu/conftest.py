@@ -14,7 +14,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # no warning in det
 import pytest
 import torch
 
+from turnout import compile_ahead
 from turnout.testing import poison_empty
+
+compile_ahead.MOST_WORKERS = 0  # the tests themselves run in many processes
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -236,12 +237,19 @@ def test_activation_checkpointing_changes_bits(options: str, use_reentrant: bool
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("trained", ["LoRA", "full"])
 def test_a_kernel_is_compiled_when_it_is_launched(
-    trained: str, monkeypatch: pytest.MonkeyPatch
+    trained: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The first step of a layer compiles all of its kernels before it launches one."""
+    """The first step of a layer compiles all of its kernels before it launches one, most of them in
+    other processes."""
     problem = make("T1000-E4")
     knobs = sys.modules["triton"].knobs.runtime
     compiled: list[bool] = []
+    shared: list[tuple[int, int]] = []
+    share = compile_ahead.share
+
+    def note_share(sources: Any, num_workers: int) -> int:
+        shared.append((len(sources), share(sources, num_workers)))
+        return shared[-1][1]
 
     def note(*, is_manual_warmup: bool, **_: Any) -> None:
         compiled.append(is_manual_warmup)
@@ -254,10 +262,15 @@ def test_a_kernel_is_compiled_when_it_is_launched(
     compile_ahead._met.clear()
     replay.forget()
     monkeypatch.setattr(knobs, "jit_post_compile_hook", note)
+    monkeypatch.setattr(sys.modules["triton"].knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(compile_ahead, "_num_workers", lambda: 4)
+    monkeypatch.setattr(compile_ahead, "share", note_share)
     got = run(problem, problem.trained_by_lora if trained == "LoRA" else None)
     assert got["out"] is not None
     assert len(compiled) >= 8, "nothing was compiled at all"
     assert all(compiled), f"{compiled.count(False)} of {len(compiled)} kernels were not foreseen"
+    [(given, done)] = shared
+    assert given == done >= 5
 
 
 def _values() -> list[Any]:

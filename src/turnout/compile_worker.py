@@ -1,0 +1,85 @@
+"""A process that compiles kernels into Triton's cache on disk; `compile_ahead.py` starts it.
+
+From its standard input it reads, pickled, the folder of the cache and then `Source`s, and it
+answers each of these with one byte: `DONE` if kernel and launcher are in the cache, else `FAILED`
+(whoever launches the kernel meets the reason). It needs no GPU and takes no memory on one.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from importlib import import_module
+from typing import Any, BinaryIO, NamedTuple
+
+DONE, FAILED = b"\x01", b"\x00"
+
+
+class Source(NamedTuple):
+    """One kernel with what Triton specialises it on.
+
+    Attributes:
+        module, name: where the jit function is.
+        signature, constants, attributes, options: as `triton.compile` and its sources take them.
+        target: back end, architecture and warp size.
+    """
+
+    module: str
+    name: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+    target: tuple[str, int, int]
+
+
+def compile_source(source: Source) -> tuple[Any, Any]:
+    """Triton's source and compiled kernel, now in its cache."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(import_module(source.module), source.name)
+    kind: type[ASTSource] = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        kind = GluonASTSource
+    made = kind(kernel, source.signature, source.constants, source.attributes)
+    target = GPUTarget(*source.target)
+    return made, triton.compile(made, target=target, options=source.options)
+
+
+def _build_launcher(made: Any, kernel: Any) -> None:
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    CudaLauncher(made, kernel.metadata)
+
+
+def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Until the requests end."""
+    from triton import knobs
+    from triton.runtime.errors import TritonError
+
+    knobs.cache.dir = pickle.load(requests)
+    while True:
+        try:
+            source: Source = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            _build_launcher(*compile_source(source))
+        except (TritonError, RuntimeError, OSError, AssertionError, subprocess.SubprocessError):
+            answers.write(FAILED)
+        else:
+            answers.write(DONE)
+        answers.flush()
+
+
+def main() -> None:
+    """On the standard input and output."""
+    with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as own:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # Triton prints what ptxas refuses
+        serve(sys.stdin.buffer, own)

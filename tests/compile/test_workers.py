@@ -1,0 +1,83 @@
+"""Worker processes put into Triton's cache what this process then takes from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import pytest
+import triton
+from cases import DTYPES, LORA, MODELS, USUAL
+from recording import chip, recording
+
+from problems import random_problem, run
+from turnout import compile_ahead
+from turnout.compile_worker import compile_source
+from turnout.launch import noting
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path) -> Iterator[Path]:
+    with triton.knobs.cache.scope(), triton.knobs.compilation.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        yield tmp_path
+
+
+@pytest.fixture(scope="module")
+def step() -> Any:
+    """The launches of a step on Hopper: as they are noted, and as Triton sees them."""
+    sizes, noted = MODELS["qwen3-30b"], []
+    tokens = USUAL * sizes["num_experts"] // sizes["top_k"]
+    with recording(chip(90)) as seen:
+        with pytest.MonkeyPatch.context() as patch:
+
+            def ahead(key: object, device: object, dry: Any) -> None:
+                with noting(noted):
+                    dry()
+
+            patch.setattr("turnout.experts.ops.compile_ahead", ahead)
+            options = LORA | sizes | DTYPES["bf16-fp32-adapters"]
+            problem = random_problem(tokens=tokens, **options)
+            run(problem, problem.trained_by_lora)
+        wanted = list(dict.fromkeys(noted))
+        sources = [source for one in wanted if (source := compile_ahead.source_of(*one))]
+    return wanted, sources, seen
+
+
+def test_a_source_says_something_else_than_the_launch(step: Any) -> None:
+    _, sources, seen = step
+    names = {launch.kernel.__name__ for launch in seen.values()}
+    assert len(sources) > 8
+    assert {source.name for source in sources} == names
+    assert {source.target for source in sources} == {("cuda", 90, 32)}
+    assert any("tensordesc" in kind for source in sources for kind in source.signature.values())
+
+
+def test_what_workers_compile_is_compiled_again(step: Any, own_cache: Path) -> None:
+    """By two processes: a kernel in Triton, one in Gluon, and one that does not compile."""
+    _, sources, _ = step
+    small = next(s for s in sources if s.name == "combine_kernel")
+    chosen = [small, next(s for s in sources if "tensordesc" in str(s.signature))]
+    wrong = small._replace(constants={})
+    compile_ahead.share([wrong, *chosen, wrong], 2)
+    hits: list[bool] = []
+    triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+    for source in chosen:
+        compile_source(source)
+    assert hits == [True, True]
+
+
+def test_a_worker_that_dies_stops_the_step(
+    step: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, sources, _ = step
+    for begin in ("raise SystemExit(1)", "import sys; sys.stdin.buffer.read(10)"):
+        monkeypatch.setattr(compile_ahead, "_BEGIN", begin)
+        assert compile_ahead.share(sources, 2) == 0
+    monkeypatch.setattr(compile_ahead, "_BEGIN", "import time; time.sleep(60)")
+    monkeypatch.setattr(compile_ahead, "PATIENCE_S", 0.5)
+    start = perf_counter()
+    assert compile_ahead.share(sources, 2) == 0
+    assert perf_counter() - start < 30
