@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import triton  # noqa: F401 - with it comes whether kernels are interpreted
 from torch import Tensor
 
-from turnout.launch import interpreting
+from turnout.kernel_facts import interpreting
 from turnout.ragged import counts_of, sort_by_expert
 from turnout.routing import fused, rules
 from turnout.specs import RouteSpec

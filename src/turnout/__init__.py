@@ -1,26 +1,32 @@
 """turnout: fast, exact fine-tuning of mixture-of-experts models.
 
-`turnout.patch(model)` is the one line. Importing turnout imports torch and nothing of Hugging Face;
-what needs transformers or PEFT is loaded on first use.
+`turnout.patch(model)` is the one line. Everything but the descriptions in `specs.py` is loaded on
+first use: torch, and then transformers or PEFT.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from turnout._version import __version__
-from turnout.experts.ops import expert_mlp
-from turnout.experts.weights import ExpertWeights, Lora, LoraWeights
-from turnout.routing.ops import Routing, route
 from turnout.specs import Activation, ExpertSpec, RouteSpec, Unsupported
 
 if TYPE_CHECKING:
     from turnout import reference
+    from turnout.experts.ops import expert_mlp
+    from turnout.experts.weights import ExpertWeights, Lora, LoraWeights
     from turnout.integrations.blocks import block_forward, shared_expert_output
     from turnout.integrations.patching import lora_targets, patch, unpatch
     from turnout.integrations.routers import spec_of
     from turnout.integrations.routing_record import record_routing, replay_routing
+    from turnout.routing.ops import Routing, route
 
 _LAZY = {
+    "expert_mlp": "turnout.experts.ops",
+    "ExpertWeights": "turnout.experts.weights",
+    "Lora": "turnout.experts.weights",
+    "LoraWeights": "turnout.experts.weights",
+    "route": "turnout.routing.ops",
+    "Routing": "turnout.routing.ops",
     "patch": "turnout.integrations.patching",
     "unpatch": "turnout.integrations.patching",
     "lora_targets": "turnout.integrations.patching",

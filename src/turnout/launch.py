@@ -18,7 +18,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, reduce
-from importlib.util import find_spec
 from operator import or_
 from typing import Any, NamedTuple
 
@@ -26,23 +25,6 @@ import torch
 from torch import Tensor
 
 from turnout.specs import Unsupported
-
-INSTALLED = find_spec("triton") is not None
-
-
-def power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n: what a tile can be wide."""
-    return 1 << max(0, n - 1).bit_length()
-
-
-@cache
-def _interprets() -> bool:
-    return bool(sys.modules["triton"].knobs.runtime.interpret)
-
-
-def interpreting() -> bool:
-    """Triton runs its kernels in the interpreter, on the CPU (decided when Triton is imported)."""
-    return "triton" in sys.modules and _interprets()
 
 
 @cache

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +17,7 @@ from recording import chip, recording
 
 from problems import random_problem, run
 from turnout import compile_ahead
-from turnout.compile_worker import compile_source
+from turnout.compile_worker import DONE, FAILED, compile_source
 from turnout.launch import noting
 
 
@@ -81,3 +84,14 @@ def test_a_worker_that_dies_stops_the_step(
     start = perf_counter()
     assert compile_ahead.share(sources, 2) == 0
     assert perf_counter() - start < 30
+
+
+def test_a_worker_waits_for_torch(step: Any, own_cache: Path) -> None:
+    """Which takes seconds to import."""
+    _, sources, _ = step
+    source = next(s for s in sources if "tensordesc" in str(s.signature))
+    begin = compile_ahead._BEGIN + "assert 'torch' not in sys.modules"
+    worker = [sys.executable, "-c", begin, *sys.path]
+    given = pickle.dumps(str(own_cache)) + pickle.dumps(source)
+    answer = subprocess.run(worker, input=given, capture_output=True, check=True).stdout
+    assert answer in (DONE, FAILED)  # no launcher without CUDA's library

@@ -17,6 +17,7 @@ SRC = ROOT / "src" / "turnout"
 # public names, loaded on first use) stands between the integrations and the programs.
 LAYERS = {
     "_version": 0,
+    "kernel_facts": 0,
     "specs": 0,
     "shapes": 0,
     "device": 1,

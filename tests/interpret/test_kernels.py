@@ -13,7 +13,8 @@ from torch import Tensor
 import turnout
 from problems import GPT_OSS, Problem, assert_same, check, random_problem, run
 from turnout import Activation
-from turnout.launch import interpreting, noting
+from turnout.kernel_facts import interpreting
+from turnout.launch import noting
 from turnout.ragged import Ragged, sort_by_expert
 from turnout.ragged.kernels import launch_sort
 

@@ -16,7 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from turnout.launch import Launch, power_of_2
+from turnout.kernel_facts import power_of_2
+from turnout.launch import Launch
 from turnout.ragged import Ragged
 
 

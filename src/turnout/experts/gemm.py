@@ -27,7 +27,7 @@ from turnout.device import Device, device_of
 from turnout.experts import gemm_hopper, gemm_torch, gemm_triton
 from turnout.experts.operands import Activate, ActivateBackward, Factors, Operand, RowsOut, Tail
 from turnout.experts.weights import Lora
-from turnout.launch import interpreting
+from turnout.kernel_facts import interpreting
 from turnout.ragged import Ragged
 from turnout.specs import Activation, GemmProblem, Unsupported
 

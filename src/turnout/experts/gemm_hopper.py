@@ -28,7 +28,8 @@ from turnout.experts.hopper_config import (
     rows_rule,
 )
 from turnout.experts.operands import Activate, ActivateBackward, Operand, RowsOut, Tail
-from turnout.launch import INSTALLED, Launch, TensorMap, interpreting
+from turnout.kernel_facts import INSTALLED, interpreting
+from turnout.launch import Launch, TensorMap
 from turnout.ragged import Ragged, num_tiles
 from turnout.specs import Activation, GemmProblem
 from turnout.tuning.key import Ask, Config

@@ -23,7 +23,8 @@ from turnout.experts.dropout import Dropout
 from turnout.experts.operands import Activate, ActivateBackward, Factors, Operand, RowsOut, Tail
 from turnout.experts.triton_config import gram_config, rows_config
 from turnout.experts.weights import Lora
-from turnout.launch import INSTALLED, Launch, interpreting, power_of_2
+from turnout.kernel_facts import INSTALLED, interpreting, power_of_2
+from turnout.launch import Launch
 from turnout.ragged import Ragged, num_tiles
 from turnout.specs import Activation, GemmProblem
 from turnout.tuning import first_use

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from turnout.launch import power_of_2
+from turnout.kernel_facts import power_of_2
 from turnout.specs import Activation, GemmProblem
 
 ROWS = 128  # of a tile: the sort's, and two warpgroups'

@@ -30,7 +30,7 @@ from turnout.experts.weights import (
     check_lora,
     check_weights,
 )
-from turnout.launch import INSTALLED
+from turnout.kernel_facts import INSTALLED
 from turnout.library import kernel_op, reads_values
 from turnout.ragged import Ragged, counts_of, num_tiles, tile_rows_of
 from turnout.replay import replayed

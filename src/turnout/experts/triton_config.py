@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from turnout.device import Device
-from turnout.launch import power_of_2
+from turnout.kernel_facts import power_of_2
 from turnout.ragged import num_tiles
 from turnout.specs import GemmProblem
 

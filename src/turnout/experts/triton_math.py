@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from turnout.launch import interpreting
+from turnout.kernel_facts import interpreting
 
 INTERPRETED = tl.constexpr(interpreting())  # no hardware
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from turnout.launch import power_of_2
+from turnout.kernel_facts import power_of_2
 
 BLOCKS = 264
 TILE = 128  # tokens that a program of the router works on at a time: one for each thread

@@ -22,7 +22,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from turnout.launch import INSTALLED, interpreting, needs_values, nothing_runs
+from turnout.kernel_facts import INSTALLED, interpreting
+from turnout.launch import needs_values, nothing_runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

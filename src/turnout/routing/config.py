@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from turnout.launch import power_of_2
+from turnout.kernel_facts import power_of_2
 from turnout.ragged import counts
 from turnout.specs import RouteSpec
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from turnout.device import device_of
-from turnout.launch import INSTALLED, Launch, interpreting
+from turnout.kernel_facts import INSTALLED, interpreting
+from turnout.launch import Launch
 from turnout.ragged import counts
 from turnout.routing import config
 from turnout.routing.config import Present, backward_rule, forward_rule

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from turnout.device import visible_gpus
-from turnout.launch import INSTALLED, interpreting
+from turnout.kernel_facts import INSTALLED, interpreting
 from turnout.specs import Unsupported, check_choice
 from turnout.tune import together
 from turnout.tune.recorded import launch, problems

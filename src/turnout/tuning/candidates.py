@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from turnout.launch import power_of_2
+from turnout.kernel_facts import power_of_2
 from turnout.tuning.key import Ask, Config, Kernel
 from turnout.tuning.space import fits
 

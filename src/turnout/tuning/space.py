@@ -22,7 +22,7 @@ Legend: N output width, K contraction, R LoRA rank (padded).
 
 from __future__ import annotations
 
-from turnout.launch import power_of_2
+from turnout.kernel_facts import power_of_2
 from turnout.specs import GemmProblem
 from turnout.tuning.key import OPTIONS, TILES, Ask, Config
 
