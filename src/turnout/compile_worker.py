@@ -15,6 +15,19 @@ from importlib import import_module
 from typing import Any, BinaryIO, NamedTuple
 
 DONE, FAILED = b"\x01", b"\x00"
+# What Triton's compiler raises besides its own errors, the C compiler, and the import of what that
+# made. The next kernel is tried all the same.
+REFUSED = (
+    RuntimeError,
+    OSError,
+    ImportError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    subprocess.SubprocessError,
+)
 
 
 class Source(NamedTuple):
@@ -61,7 +74,7 @@ def _build_launcher(made: Any, kernel: Any) -> None:
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Until the requests end."""
     from triton import knobs
-    from triton.runtime.errors import TritonError
+    from triton.errors import TritonError
 
     knobs.cache.dir = pickle.load(requests)
     while True:
@@ -71,7 +84,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             return
         try:
             _build_launcher(*compile_source(source))
-        except (TritonError, RuntimeError, OSError, AssertionError, subprocess.SubprocessError):
+        except (TritonError, *REFUSED):
             answers.write(FAILED)
         else:
             answers.write(DONE)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 import time
+from io import BytesIO
 from typing import Any
 
 import pytest
 import torch
 
 from turnout import compile_ahead as module
+from turnout import compile_worker
+from turnout.compile_worker import Source
 from turnout.launch import Launch, ValueNeeded, noting
 from turnout.ragged import sort_by_expert
 
@@ -128,3 +132,26 @@ def test_workers_start_for_kernels_in_the_cache_or_not_for_others(
     launches = [launch_of(Compiles()) for _ in range(6)]
     module._compile([(launch, ()) for launch in launches], 4)
     assert given == ([launches[2:]] if seconds else [])
+
+
+def test_a_worker_stops_at_a_launcher_that_can_not_be_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    triton = pytest.importorskip("triton")
+    asked: list[Source] = []
+
+    def refuse(source: Source) -> tuple[object, object]:
+        asked.append(source)
+        if len(asked) == 1:
+            raise ImportError("libcuda.so.1: cannot open shared object file")
+        return None, None
+
+    monkeypatch.setattr(compile_worker, "compile_source", refuse)
+    monkeypatch.setattr(compile_worker, "_build_launcher", lambda made, kernel: None)
+    source, answers = Source("m", "k", {}, {}, {}, {}, ("cuda", 90, 32)), BytesIO()
+    given = pickle.dumps("folder") + 2 * pickle.dumps(source)
+    with triton.knobs.cache.scope():
+        compile_worker.serve(BytesIO(given), answers)
+        assert triton.knobs.cache.dir == "folder"
+    assert asked == [source, source]
+    assert answers.getvalue() == compile_worker.FAILED + compile_worker.DONE
