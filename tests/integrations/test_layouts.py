@@ -75,6 +75,7 @@ def test_stock_reasons_are_not_from_the_fixed_list() -> None:
         "unknown_layout",
         "quantised",
         "not_token_routed",
+        "other_kernel",
     } == REASONS
     for key in STOCK_ARCHS:
         assert {row.reason for row in turnout.patch(tiny(key)).layers} <= REASONS

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import FUSED_ARCHS, STOCK_ARCHS, experts_of, forward, tiny, with_lora
+from accelerate.hooks import ModelHook, add_hook_to_module
+from hf_models import FUSED_ARCHS, STOCK_ARCHS, experts_of, forward, probe, tiny, with_lora
 from rich.console import Console
 from torch import nn
 
@@ -127,3 +128,28 @@ def test_options_of_patch_are_not_in_the_report() -> None:
     assert (report.backend, report.recompute) == ("torch", "gate_up")
     assert "back end torch" in str(report)
     assert report.to_dict()["recompute"] == "gate_up"
+
+
+def test_a_forward_of_another_library_is_not_in_the_report() -> None:
+    model = with_lora(tiny(KEY))
+    report = turnout.patch(model)
+    first, second = experts_of(model)
+    first.forward = type(second).forward.__get__(first)  # its own
+    assert report.counts == {"fused": 2}
+    second.forward = lambda x, experts, weights: x
+    assert [row.status for row in report.layers] == ["fused", "stock"]
+    with pytest.raises(Unsupported, match=r"other_kernel \(the instance has the forward .*lambda"):
+        report.require("fused")
+    assert sum(path.startswith("raises: the instance") for path in report.adapters.values()) == 2
+
+
+@pytest.mark.parametrize("when", ["before patch", "after patch"])
+def test_hooks_of_accelerate_are_taken_for_another_forward(when: str) -> None:
+    model = tiny(KEY)
+    report = turnout.patch(model) if when == "after patch" else None
+    add_hook_to_module(experts_of(model)[0], ModelHook())
+    report = report or turnout.patch(model)
+    assert report.require("fused").counts == {"fused": 2}
+    with probe() as ran:
+        forward(model, KEY)
+    assert len(ran.calls) == 2

@@ -29,6 +29,7 @@ StockReason = Literal[
     "unknown_layout",
     "quantised",
     "not_token_routed",
+    "other_kernel",
 ]
 Call = Literal["interface", "forward", "longcat", "llama4_block", "aria", "jetmoe"]
 
@@ -370,6 +371,9 @@ _STOCK: dict[str, Stock] = {
     ),
     "gpt_oss.Mxfp4GptOssExperts": Stock("quantised", "MXFP4 blocks"),
     "transformers.integrations.mxfp4.Mxfp4GptOssExperts": Stock("quantised", "MXFP4 blocks"),
+    "liger_kernel.transformers.swiglu.LigerExperts": Stock(
+        "other_kernel", "Liger took the class before the model was made; give it swiglu=False"
+    ),
 }
 
 
@@ -380,6 +384,34 @@ def _has_own_forward(module: nn.Module) -> bool:
         return False
     function = getattr(forward, "func", forward)
     return not getattr(function, "__module__", "").startswith("turnout.")
+
+
+def other_forward(module: nn.Module) -> str:
+    """The forward that another library gave the instance, in words, or an empty string.
+
+    A wrapper that names what it wraps counts as that: accelerate's hooks, `torch.compile`.
+    """
+    forward = vars(module).get("forward")
+    if forward is None:
+        return ""
+    inner = inspect.unwrap(forward)
+    inner = getattr(inner, "func", inner)  # turnout's are partials
+    function = getattr(inner, "__func__", inner)  # Liger 0.8 binds a method
+    home = getattr(function, "__module__", "")  # not every callable object has one
+    if home.startswith("turnout.") or function is inspect.unwrap(type(module).forward):
+        return ""
+    name = getattr(function, "__qualname__", type(function).__name__)
+    advice = "; give Liger swiglu=False" if home.startswith("liger_kernel.") else ""
+    return f"the instance has the forward {name} of {home}{advice}"
+
+
+def forward_in_front(model: nn.Module, path: str) -> str:
+    """`other_forward` of the module at the path, else of a wrapper of PEFT around it."""
+    found = other_forward(model.get_submodule(path))
+    while not found and path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+        found = other_forward(model.get_submodule(path))
+    return found
 
 
 def layout_of(module: nn.Module) -> Layout | Stock | None:

@@ -30,8 +30,10 @@ from turnout.integrations.architectures import (
     Stock,
     expert_modules,
     foreign_parametrization,
+    forward_in_front,
     get_path,
     live,
+    other_forward,
     stack_holder,
 )
 from turnout.integrations.routers import adapted_router
@@ -91,10 +93,12 @@ def _is_stack(parameter: str, owner: Layout | Stock) -> bool:
 
 def adapter_paths(model: nn.Module) -> dict[str, str]:
     """What the next forward does with each adapted expert parameter, by wrapper and parameter."""
-    return {
-        f"{found.name} ({found.wrapper.parameter_name})": _path(found.wrapper, found.owner)
-        for found in adapted_stacks(model)
-    }
+    paths = {}
+    for found in adapted_stacks(model):
+        taken = forward_in_front(model, found.name)
+        path = f"not PEFT's: {taken}" if taken else _path(found.wrapper, found.owner)
+        paths[f"{found.name} ({found.wrapper.parameter_name})"] = path
+    return paths
 
 
 def _path(wrapper: Any, owner: Layout | Stock) -> str:
@@ -111,6 +115,9 @@ def _path(wrapper: Any, owner: Layout | Stock) -> str:
     if reason is not None:
         way = "raises" if is_sonic else "PEFT's own fold"
         return f"{way}: {reason}"
+    taken = other_forward(wrapper.get_base_layer())
+    if taken:
+        return f"raises: {taken}"
     if state is not None and is_sonic:
         return merge_cost(wrapper.get_base_layer(), state.layout, [wrapper.parameter_name])
     return f"fused: adapter {adapters[0]!r}, rank {wrapper.r[adapters[0]]}"

@@ -18,6 +18,7 @@ from turnout.integrations.architectures import (
     Layout,
     Stock,
     expert_modules,
+    forward_in_front,
     get_path,
     live,
     stack_holder,
@@ -94,19 +95,27 @@ def _describe(layout: Layout) -> str:
     return " ".join(words)
 
 
-def _unless_taken(model: nn.Module, row: LayerRow) -> LayerRow:
-    """The row, or stock where `kernels` gave the block a forward that never calls the experts."""
-    path = row.name
+def _taken(model: nn.Module, path: str) -> str:
+    """The forward of another library in front of turnout's, in words, or an empty string.
+
+    It stands on the experts, on PEFT's wrapper around them, or (`kernels`) on their block.
+    """
+    found = forward_in_front(model, path)
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
     block = model.get_submodule(path.rpartition(".")[0])
     function = getattr(vars(block).get("forward"), "__func__", None)  # kernels 0.16 binds a method
-    if not hasattr(type(block), "kernel_layer_name") or function in (None, type(block).forward):
-        return row
-    if row.status == "stock" or function.__module__.startswith("turnout."):
-        return row
-    detail = f"use_kernels gave the block {function.__qualname__}; docs/kernels_hub.md"
-    return replace(row, status="stock", reason="other_kernel", detail=detail)
+    if found or not hasattr(type(block), "kernel_layer_name"):
+        return found
+    if function in (None, type(block).forward) or function.__module__.startswith("turnout."):
+        return ""
+    return f"use_kernels gave the block {function.__qualname__}; docs/kernels_hub.md"
+
+
+def _unless_taken(model: nn.Module, row: LayerRow) -> LayerRow:
+    """The row, or stock where another library's forward runs in place of turnout."""
+    taken = "" if row.status == "stock" else _taken(model, row.name)
+    return replace(row, status="stock", reason="other_kernel", detail=taken) if taken else row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
