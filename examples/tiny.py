@@ -6,6 +6,7 @@ Copy the other files, not this one. The tiny models need a CPU and seconds, and 
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,17 @@ def texts(data: Path | None) -> list[str]:
     if data is None:
         return TEXTS
     return [line for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def no_liger() -> str:
+    """Why Liger's kernels can not run here, or an empty string."""
+    if find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    from triton import knobs  # a requirement of Liger
+
+    if torch.cuda.is_available() or knobs.runtime.interpret:
+        return ""
+    return "its kernels are Triton's and need a GPU"
 
 
 def qwen3_moe() -> tuple[Any, Any]:

@@ -23,6 +23,7 @@ SCRIPTS = {
     "gpt_oss_lora": "gpt_oss",
     "trl_sft": "qwen3_moe",
     "plain_loop": "qwen3_moe",
+    "liger_lora": "qwen3_moe",
 }
 LAYERS, EXPERT_STACKS = 2, 2
 
@@ -63,6 +64,11 @@ def assert_trained(out: Path, text: str, steps: int) -> None:
     assert all(0 < norm < math.inf for norm in trained.values()), trained
 
 
+def assert_says_where_liger_is(script: str, text: str) -> None:
+    """On a CPU it is left out, and a line says why."""
+    assert script != "liger_lora" or re.search(r"^Liger (is left out: |runs )", text, flags=re.M)
+
+
 def test_every_python_example_is_run_here() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SCRIPTS, "tiny"}
 
@@ -83,6 +89,7 @@ def test_example_trains_without_a_hub_and_without_arguments(script: str, tmp_pat
     )
     assert done.returncode == 0, done.stdout
     assert_trained(tmp_path, done.stdout, steps=6)
+    assert_says_where_liger_is(script, done.stdout)
 
 
 @cases
@@ -108,4 +115,6 @@ def test_example_trains_a_checkpoint_on_texts_with_every_expert_in_turnout(
     assert len(ran.calls) == LAYERS * 3 * times
     assert ran.fused_projections == EXPERT_STACKS * len(ran.calls)
     assert ran.folds == 0
-    assert_trained(tmp_path, capsys.readouterr().out, steps=3)
+    text = capsys.readouterr().out
+    assert_trained(tmp_path, text, steps=3)
+    assert_says_where_liger_is(script, text)
