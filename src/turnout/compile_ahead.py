@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from turnout.compile_worker import DONE, Source
+from turnout.compile_worker import DONE, Shared, Source
 from turnout.launch import Launch, ValueNeeded, noting
 
 MOST_WORKERS = 8
@@ -99,7 +99,10 @@ def share(sources: Sequence[Source], num_workers: int) -> int:
         How many they put into Triton's cache, with their launchers.
     """
     from triton import knobs
+    from triton.runtime import cache
 
+    key = cache.triton_key() if hasattr(cache, "triton_key") else None
+    shared = Shared(knobs.cache.dir, key)
     # taken from the end: those with TMA take longest
     left = sorted(sources, key=lambda source: "tensordesc" in str(source.signature))
 
@@ -108,7 +111,7 @@ def share(sources: Sequence[Source], num_workers: int) -> int:
         assert worker.stdout is not None
         done = 0
         try:
-            worker.stdin.write(pickle.dumps(knobs.cache.dir))
+            worker.stdin.write(pickle.dumps(shared))
             while True:
                 worker.stdin.write(pickle.dumps(left.pop()))
                 worker.stdin.flush()

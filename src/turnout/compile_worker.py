@@ -1,8 +1,8 @@
 """A process that compiles kernels into Triton's cache on disk; `compile_ahead.py` starts it.
 
-From its standard input it reads, pickled, the folder of the cache and then `Source`s, and it
-answers each of these with one byte: `DONE` if kernel and launcher are in the cache, else `FAILED`
-(whoever launches the kernel meets the reason). It needs no GPU and takes no memory on one.
+From its standard input it reads, pickled, `Shared` and then `Source`s, and it answers each of these
+with one byte: `DONE` if kernel and launcher are in the cache, else `FAILED` (whoever launches the
+kernel meets the reason). It needs no GPU and takes no memory on one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,19 @@ REFUSED = (
     ValueError,
     subprocess.SubprocessError,
 )
+
+
+class Shared(NamedTuple):
+    """What is the same in the process that asks.
+
+    Attributes:
+        folder: of Triton's cache.
+        triton_key: what Triton has found its own files to be, for which it reads 400 MB; None if it
+            does not ask (3.6 does).
+    """
+
+    folder: str
+    triton_key: str | None
 
 
 class Source(NamedTuple):
@@ -75,8 +88,12 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Until the requests end."""
     from triton import knobs
     from triton.errors import TritonError
+    from triton.runtime import cache
 
-    knobs.cache.dir = pickle.load(requests)
+    shared: Shared = pickle.load(requests)
+    knobs.cache.dir = shared.folder
+    if shared.triton_key is not None:
+        cache.triton_key = lambda: shared.triton_key
     while True:
         try:
             source: Source = pickle.load(requests)

@@ -17,7 +17,7 @@ from recording import chip, recording
 
 from problems import random_problem, run
 from turnout import compile_ahead
-from turnout.compile_worker import DONE, FAILED, compile_source
+from turnout.compile_worker import DONE, FAILED, Shared, compile_source
 from turnout.launch import noting
 
 
@@ -92,6 +92,7 @@ def test_a_worker_waits_for_torch(step: Any, own_cache: Path) -> None:
     source = next(s for s in sources if "tensordesc" in str(s.signature))
     begin = compile_ahead._BEGIN + "assert 'torch' not in sys.modules"
     worker = [sys.executable, "-c", begin, *sys.path]
-    given = pickle.dumps(str(own_cache)) + pickle.dumps(source)
+    shared = Shared(str(own_cache), "any")
+    given = pickle.dumps(shared) + pickle.dumps(source)
     answer = subprocess.run(worker, input=given, capture_output=True, check=True).stdout
     assert answer in (DONE, FAILED)  # no launcher without CUDA's library

@@ -12,7 +12,7 @@ import torch
 
 from turnout import compile_ahead as module
 from turnout import compile_worker
-from turnout.compile_worker import Source
+from turnout.compile_worker import Shared, Source
 from turnout.launch import Launch, ValueNeeded, noting
 from turnout.ragged import sort_by_expert
 
@@ -149,9 +149,12 @@ def test_a_worker_stops_at_a_launcher_that_can_not_be_loaded(
     monkeypatch.setattr(compile_worker, "compile_source", refuse)
     monkeypatch.setattr(compile_worker, "_build_launcher", lambda made, kernel: None)
     source, answers = Source("m", "k", {}, {}, {}, {}, ("cuda", 90, 32)), BytesIO()
-    given = pickle.dumps("folder") + 2 * pickle.dumps(source)
+    given = pickle.dumps(Shared("folder", "key")) + 2 * pickle.dumps(source)
+    cache = triton.runtime.cache
+    monkeypatch.setattr(cache, "triton_key", None)  # put back afterwards
     with triton.knobs.cache.scope():
         compile_worker.serve(BytesIO(given), answers)
         assert triton.knobs.cache.dir == "folder"
+    assert cache.triton_key() == "key"
     assert asked == [source, source]
     assert answers.getvalue() == compile_worker.FAILED + compile_worker.DONE
