@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -67,7 +68,12 @@ def compile_ahead(key: Hashable, device: torch.device, dry: Callable[[], object]
 
 
 def _num_workers() -> int:
-    """As if there were a process for every GPU here, each with its share of half of the cores."""
+    """As if there were a process for every GPU here, each with its share of half of the cores.
+
+    None where Python runs inside another program, which would be started instead of Python.
+    """
+    if not Path(sys.executable or "").name.startswith("python"):
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     share = cores // 2 // max(1, torch.cuda.device_count())
     return min(MOST_WORKERS, share) if share > 1 else 0

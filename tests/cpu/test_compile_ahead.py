@@ -158,3 +158,14 @@ def test_a_worker_stops_at_a_launcher_that_can_not_be_loaded(
     assert cache.triton_key() == "key"
     assert asked == [source, source]
     assert answers.getvalue() == compile_worker.FAILED + compile_worker.DONE
+
+
+def test_another_program_is_started_as_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: range(64), raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert module._num_workers() == 4
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert module._num_workers() == module.MOST_WORKERS
+    for program in ("/opt/blender/blender", "", None):
+        monkeypatch.setattr(module.sys, "executable", program)
+        assert module._num_workers() == 0
