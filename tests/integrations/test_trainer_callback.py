@@ -236,6 +236,14 @@ def test_no_file_is_written_where_none_is_wanted(tmp_path: Path) -> None:
         TurnoutCallback(True)
 
 
+def test_a_second_run_in_the_same_file_has_no_head_of_its_own(tmp_path: Path) -> None:
+    """A run that goes on writes the steps since its checkpoint again: the head parts the two."""
+    for _ in range(2):  # no kernel runs, so only the load of the experts is written
+        train(tmp_path, TurnoutCallback(), max_steps=4)
+    lines = journal.read(tmp_path / journal.NAME).lines
+    assert [line["event"] for line in lines] == ["head", "experts", "experts"] * 2
+
+
 def test_every_process_writes(tmp_path: Path) -> None:
     callback = TurnoutCallback()
     args = SimpleNamespace(output_dir=str(tmp_path), report_to=[])

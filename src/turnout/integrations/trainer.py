@@ -55,7 +55,7 @@ class TurnoutCallback(TrainerCallback):
         self._load: ExpertLoad | None = None
         self._steps = 0
         self.has_reported = False
-        self._file_failed = False
+        self._has_head = self._file_failed = False
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -109,8 +109,9 @@ class TurnoutCallback(TrainerCallback):
     def _write(self, args: Any, lines: Lines) -> None:
         if self._path is not False and not self._file_failed:
             path = Path(args.output_dir) / journal.NAME if self._path is None else Path(self._path)
-            if lines[0]["event"] != "head" and not path.exists():
+            if lines[0]["event"] != "head" and not (self._has_head and path.exists()):
                 lines = [report.record()[0], *lines]
+            self._has_head = True
             try:
                 journal.append(path, lines)
             except OSError as error:
