@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import turnout
+from tuning_cases import ask, rows
 from turnout import cli
 from turnout.train import TrainConfig, TrainingFailed, builtin, corpus, pipeline, proof, run
 from turnout.train import progress as progress_module
@@ -21,6 +22,7 @@ from turnout.train.checkpoint import add_lora
 from turnout.train.data import Packed
 from turnout.train.loop import Fit, fit
 from turnout.train.watch import Watch
+from turnout.tuning import journal, report
 
 KEYS = {
     "steps",
@@ -40,7 +42,9 @@ KEYS = {
 }
 # What a second run with the same seed may give differently.
 MEASURED = {"tokens_per_second", "peak_memory_bytes"}
-FILES = {"adapter", "checkpoints", "loss.png", "experts.png", "report.json", "run.json"}
+FILES = {"adapter", "checkpoints", "loss.png", "experts.png", "report.json", "run.json"} | {
+    journal.NAME
+}
 PNG = b"\x89PNG"
 SMALL = {"seq_len": 32, "batch": 4, "steps": 6, "lr": 5e-3, "rank": 4}
 
@@ -125,6 +129,64 @@ def test_a_users_checkpoint_is_trained_without_comparisons(checkpoint, text, tmp
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
 
 
+def loads(out: Path) -> list[dict]:
+    return journal.read(out / journal.NAME).of("experts")
+
+
+def tokens_by_layer(lines: list[dict]) -> list[list[int]]:
+    """Tokens per expert over all lines, in the order of the layers."""
+    names = lines[0]["layers"]
+    loads = [[line["layers"][name]["load"] for line in lines] for name in names]
+    return [torch.tensor(load).sum(0).tolist() for load in loads]
+
+
+def test_what_ran_is_not_recorded(checkpoint, text, tmp_path, monkeypatch, capsys):
+    """Kernels need a GPU: here a launch is a question for a config."""
+
+    def launch(self, args, state, control, **kwargs):
+        report.config_for(ask(), rows(128))
+
+    report.forget()
+    monkeypatch.setattr(progress_module.Bar, "on_step_begin", launch)
+    out = tmp_path / "out"
+    run(config(checkpoint, text, out))
+    report.forget()
+    assert journal.NAME in capsys.readouterr().out
+    found = journal.read(out / journal.NAME)
+    assert found.faults == ()
+    (head,), (kernel,) = found.of("head"), found.of("kernel")
+    assert head["turnout"] == turnout.__version__
+    assert kernel["config"]["BLOCK_N"] == 128
+    assert [line["step"] for line in loads(out)] == [1, 2, 3, 4, 5, 6]
+    # The routers chose what the experts were given.
+    counted = json.loads((out / "checkpoints/checkpoint-6/expert_tokens.json").read_text())
+    assert tokens_by_layer(loads(out)) == [layer["tokens"] for layer in counted.values()]
+    result = CliRunner().invoke(cli.app, ["report", str(out)])
+    assert result.exit_code == 0
+    assert "Load of the experts at step 6" in result.output
+
+
+def test_the_record_of_a_long_run_grows_with_its_steps(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "LOADS", 3)
+    out = tmp_path / "out"
+    run(config(checkpoint, text, out, steps=7))
+    assert [line["step"] for line in loads(out)] == [3, 6, 7]
+    counted = json.loads((out / "checkpoints/checkpoint-7/expert_tokens.json").read_text())
+    assert tokens_by_layer(loads(out)) == [layer["tokens"] for layer in counted.values()]
+
+
+def test_a_record_that_can_not_be_written_ends_the_run(
+    checkpoint, text, tmp_path, monkeypatch, capsys
+):
+    def full(path, lines):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal, "append", full)
+    summary = run(config(checkpoint, text, tmp_path / "out"))
+    assert summary["steps"] == 6
+    assert journal.NAME not in capsys.readouterr().out
+
+
 def test_a_run_is_one_pass_over_the_data_by_default(checkpoint, text, tmp_path):
     summary = run(config(checkpoint, text, tmp_path / "out", steps=None))
     assert summary["steps"] == -(-summary["train_sequences"] // 4)
@@ -159,6 +221,11 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(checkpoint, text, tmp_path, 
     same_adapters(tmp_path / "whole", tmp_path / "parts")
     last = "checkpoints/checkpoint-40/expert_tokens.json"
     assert (tmp_path / "whole" / last).read_text() == (tmp_path / "parts" / last).read_text()
+    record = journal.read(tmp_path / "parts" / journal.NAME)
+    assert len(record.of("head")) == 2
+    # The steps after the last checkpoint ran twice and gave the same.
+    steps = {line["step"]: line for line in loads(tmp_path / "whole")}
+    assert record.last("experts") == [steps[step] for step in range(29, 41)]
     again = run(config(checkpoint, text, tmp_path / "parts", resume=True, **options))
     same_numbers(whole, again)
 
@@ -219,6 +286,7 @@ def test_memory_options_change_no_number(checkpoint, text, tmp_path, options):
     # The second forward of checkpointing is not counted.
     last = "checkpoints/checkpoint-6/expert_tokens.json"
     assert (tmp_path / "plain" / last).read_text() == (tmp_path / "other" / last).read_text()
+    assert tokens_by_layer(loads(tmp_path / "plain")) == tokens_by_layer(loads(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

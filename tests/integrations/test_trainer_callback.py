@@ -139,6 +139,23 @@ def test_the_load_of_the_experts_is_not_that_of_the_routers(tmp_path: Path) -> N
     assert found["experts"] == loads
 
 
+def test_tokens_are_lost_where_the_load_is_written_rarely(tmp_path: Path) -> None:
+    every, rarely = [], []
+    for sent, options in ((every, {}), (rarely, {"load_steps": 4})):
+        torch.manual_seed(0)
+        callback = TurnoutCallback(False, send=sent.append, **options)
+        train(tmp_path, callback, model=tiny(KEY), max_steps=6, logging_steps=1)
+    lines = [[line for lines in sent for line in of(lines, "experts")] for sent in (every, rarely)]
+    assert [[line["step"] for line in one] for one in lines] == [[1, 2, 3, 4, 5, 6], [4, 6]]
+    totals = [
+        {name: sum(line["layers"][name]["tokens"] for line in one) for name in one[0]["layers"]}
+        for one in lines
+    ]
+    assert totals[0] == totals[1]
+    with pytest.raises(ValueError, match="load_steps is 0; expected an integer of at least 1"):
+        TurnoutCallback(load_steps=0)
+
+
 @pytest.mark.parametrize("key", [k for k in TINY if k not in OWN])
 def test_the_router_of_an_architecture_is_not_read(key: str) -> None:
     from hf_models import forward

@@ -4,8 +4,8 @@
 
 After the first step the record of `turnout.tuning.report` goes once into a local JSON lines file,
 to the Trainer's own loggers (`report_to`) and to a function of yours. Where nothing ran yet, the
-next steps are asked, up to the fifth; then never again. At every logging step the load of the
-experts follows. The first process writes; there is no network code here.
+next steps are asked, up to the fifth; then never again. At every logging step, or at some of them,
+the load of the experts follows. The first process writes; there is no network code here.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class TurnoutCallback(TrainerCallback):
         send: called with the same lines that go into the file.
         loggers: write to `report_to` as well.
         expert_load: count tokens per expert at the routers.
+        load_steps: the load goes out at logging steps that are a multiple of this, and at the last;
+            tokens of the steps between are in it.
     """
 
     def __init__(
@@ -46,10 +48,13 @@ class TurnoutCallback(TrainerCallback):
         send: Callable[[Lines], object] | None = None,
         loggers: bool = True,
         expert_load: bool = True,
+        load_steps: int = 1,
     ) -> None:
         if path is True:
             raise ValueError("path is True; expected a file, None for the usual one, or False")
-        self._path = path
+        if load_steps < 1:
+            raise ValueError(f"load_steps is {load_steps}; expected an integer of at least 1")
+        self._path, self._load_steps = path, load_steps
         self._send, self._use_loggers, self._count = send, loggers, expert_load
         self._loggers: Loggers | None = None
         self._load: ExpertLoad | None = None
@@ -87,10 +92,12 @@ class TurnoutCallback(TrainerCallback):
         """The load of the experts, with the training loss and not with evaluations."""
         if self._load is None or "loss" not in (logs or {}):
             return
+        step = state.global_step
+        if step % self._load_steps and step != state.max_steps:
+            return
         layers = self._load.take()
         if not layers:
             return
-        step = state.global_step
         self._write(args, [{"event": "experts", "step": step, "layers": layers}])
         self._of(args).scalars(_scalars(layers), step)
 

@@ -4,6 +4,7 @@ OUT/run.json       the marker: written first, names the options of the run
 OUT/base/          the built-in model after its base training (a plain checkpoint)
 OUT/checkpoints/   the Trainer's checkpoints of the LoRA phase
 OUT/adapter/       the adapter, plain PEFT
+OUT/turnout-report.jsonl  which kernels ran, and the load of the experts (`turnout report OUT`)
 OUT/loss.png  experts.png  report.json  summary.json
 """
 
@@ -15,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from turnout.tuning import journal
+
 MARKER = "run.json"
 _MADE_BY = "turnout train"
 _KNOWN = {
@@ -25,6 +28,7 @@ _KNOWN = {
     "loss.png",
     "experts.png",
     "report.json",
+    journal.NAME,
     "summary.json",
 }
 # In every checkpoint beside the Trainer's files; written last, so it also says that all is there.

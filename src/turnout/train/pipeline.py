@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 import turnout
+from turnout.integrations.trainer import TurnoutCallback
 from turnout.train import builtin, corpus, folder
 from turnout.train.checkpoint import add_lora, load_model
 from turnout.train.config import TrainConfig, TrainingFailed
@@ -30,6 +31,9 @@ from turnout.train.progress import Bar, quiet
 from turnout.train.proof import Claim, Reload, claims_of, compare_reloaded
 from turnout.train.summary import Stock, Trained, summary_of
 from turnout.train.watch import Watch
+from turnout.tuning import journal
+
+LOADS = 100  # at most so often the load of the experts is written; every loss is logged
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -102,9 +106,12 @@ def _train_lora(job: Job) -> Trained:
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     checkpoints = job.config.out / "checkpoints"
+    record = TurnoutCallback(
+        job.config.out / journal.NAME, load_steps=-(-job.numbers.steps // LOADS)
+    )
     with watch.attached(), Bar(job.console, "LoRA, turnout") as bar:
         how = job.how(save=True)
-        fitted = fit(model, job.data.train, how, checkpoints, [bar, watch], job.resume_from)
+        fitted = fit(model, job.data.train, how, checkpoints, [bar, watch, record], job.resume_from)
     peak_memory = _peak_memory(job.device)
     folder.write_folder(job.config.out / "adapter", model.save_pretrained)
     heldout = None
@@ -215,9 +222,11 @@ def _conclude(job: Job, claims: list[Claim]) -> None:
     print_("\n[bold]What this run proved[/bold]", highlight=False)
     for number, claim in enumerate(claims, start=1):
         print_(f" {number}. {claim.text}", highlight=False, soft_wrap=True)
+    out = job.config.out
+    names = ("loss.png", "experts.png", "report.json", journal.NAME, "summary.json")
+    files = [name for name in names if (out / name).exists()]
     print_(
-        f"\nEverything is in {job.config.out}: adapter/ (plain PEFT), loss.png, experts.png, "
-        "report.json, summary.json.",
+        f"\nEverything is in {out}: adapter/ (plain PEFT), {', '.join(files)}.",
         highlight=False,
         soft_wrap=True,
     )
