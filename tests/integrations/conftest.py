@@ -10,6 +10,8 @@ import pytest
 from adapter_cases import golden
 from safetensors.torch import load_file, save_file
 
+from turnout.train import builtin, corpus
+
 
 @pytest.fixture
 def editable(tmp_path: Path):
@@ -29,3 +31,21 @@ def editable(tmp_path: Path):
         return folder
 
     return edit
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained built-in model of `turnout train` as a user's checkpoint."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = builtin.make_tokenizer()
+    builtin.make_model(tokenizer, seed=1).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus for it."""
+    path = tmp_path_factory.mktemp("data") / "corpus.txt"
+    path.write_text("\n".join(corpus.backwards(0).train[:60]))
+    return path
