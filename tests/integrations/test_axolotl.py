@@ -29,6 +29,7 @@ from torch import nn
 from transformers import Qwen3MoeForCausalLM
 
 import turnout
+from turnout.experts import early
 from turnout.integrations import axolotl as plugin_module
 from turnout.integrations import axolotl_rules as rules
 from turnout.integrations.axolotl import TurnoutArgs, TurnoutPlugin
@@ -229,6 +230,15 @@ def test_merging_leaves_the_model_alone(inputs: Path) -> None:
 def test_missing_back_end_stops_before_loading(inputs: Path) -> None:
     with pytest.raises(Unsupported, match="backend='sonic'"):
         TurnoutPlugin().pre_model_load(validated(inputs, turnout_backend="sonic"))
+
+
+def test_a_back_end_that_no_device_here_runs_is_met_after_loading(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(early, "visible_gpus", lambda: ())
+    cfg = validated(inputs, turnout_backend="hopper")
+    with pytest.raises(Unsupported, match="backend='hopper' can not run on this machine"):
+        TurnoutPlugin().pre_model_load(cfg)
 
 
 def test_old_axolotl_is_refused(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from train_cases import config
 
 import turnout
+from tuning_cases import gpu
 from turnout import cli
-from turnout.train import builtin, run
+from turnout.experts import gemm_hopper, gemm_triton
+from turnout.train import builtin, prepare, run
 
 
 def no_config(path):
@@ -107,6 +110,50 @@ def test_options_that_turnout_lacks_are_refused_before_work(checkpoint, text, tm
     assert not (tmp_path / "out").exists()
 
 
+def on_an_h100(monkeypatch):
+    monkeypatch.setattr(prepare, "device_of", lambda device: gpu(90, "NVIDIA H100"))
+    for module in (gemm_hopper, gemm_triton):
+        monkeypatch.setattr(module, "INSTALLED", True)
+
+
+@pytest.mark.parametrize(
+    ("options", "has_gpu", "words"),
+    [
+        ({"backend": "hopper"}, False, r"this training in float32: needs sm_90 \(cpu\)"),
+        ({"backend": "triton"}, False, r"this training in float32: needs an NVIDIA GPU \(cpu\)"),
+        (
+            {"backend": "hopper", "dtype": "float32"},
+            True,
+            r"takes float16 and bfloat16, not float32 \(NVIDIA H100\)",
+        ),
+    ],
+)
+def test_a_back_end_that_can_not_run_is_refused_after_loading(
+    checkpoint, text, tmp_path, monkeypatch, options, has_gpu, words
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if has_gpu:
+        on_an_h100(monkeypatch)
+    monkeypatch.setattr(prepare, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(turnout.Unsupported, match=words):
+        run(config(checkpoint, text, tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_back_end_that_can_run_is_refused(checkpoint, text, tmp_path, monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    def load(*_):
+        raise Loaded
+
+    on_an_h100(monkeypatch)
+    monkeypatch.setattr(prepare, "load_model", load)
+    for options in ({"backend": "hopper", "dtype": "bfloat16"}, {"backend": "triton"}):
+        with pytest.raises(Loaded):
+            run(config(checkpoint, text, tmp_path / "out", **options))
+
+
 def test_bad_input_leaves_an_earlier_run_alone(checkpoint, text, tmp_path):
     out = tmp_path / "out"
     run(config(checkpoint, text, out))
@@ -118,6 +165,7 @@ def test_bad_input_leaves_an_earlier_run_alone(checkpoint, text, tmp_path):
         config(checkpoint, empty, out, overwrite=True),
         config(tmp_path, text, out, overwrite=True),
         config(checkpoint, text, out, overwrite=True, backend="sonic"),
+        config(checkpoint, text, out, overwrite=True, backend="hopper"),
     ]
     for wrong in bad:
         with pytest.raises((ValueError, turnout.Unsupported)):

@@ -25,8 +25,10 @@ from turnout.bench.sweep import (
     with_tokens,
 )
 from turnout.bench.words import choices, device_named, words
-from turnout.bench.work import Mode, Routing
+from turnout.bench.work import DTYPE, Mode, Routing
+from turnout.device import device_of
 from turnout.experts import sonic
+from turnout.experts.early import check_possible
 from turnout.shapes import Shape, shape_named
 from turnout.specs import BackendName, Recompute, check_choice
 
@@ -54,6 +56,7 @@ def main(config: BenchConfig) -> dict[str, Any]:
 
     Raises:
         ValueError: a word that names nothing, or a CSV that can not be written.
+        Unsupported: the back end that was named does not run on the device.
     """
     device = device_named(config.device)
     default = "qwen3-30b" if device.type == "cuda" else "tiny"
@@ -69,6 +72,8 @@ def main(config: BenchConfig) -> dict[str, Any]:
             f"--backend is {config.backend!r}; expected auto, torch, triton or hopper. SonicMoE "
             "reads another row order, so it is a provider: --provider turnout-sonic,sonicmoe"
         )
+    if config.backend != "auto":
+        check_possible(config.backend, "these shapes", [device_of(device)], [DTYPE])
     if config.repeats < 1:
         raise ValueError(f"repeats is {config.repeats}; expected at least 1")
     cases = [

@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from turnout.compile_ahead import compile_ahead
 from turnout.experts import passes, sonic
 from turnout.experts.dropout import draw_seed
-from turnout.experts.gemm import adapter_intermediate, backend_named
+from turnout.experts.early import CPU, check_possible, places_of
+from turnout.experts.gemm import adapter_intermediate
 from turnout.experts.weights import (
     Dims,
     ExpertWeights,
@@ -395,11 +396,14 @@ def expert_mlp(
 
 
 def check_backend(backend: str) -> None:
-    """Raise `Unsupported` unless this version has the back end and its package is installed."""
+    """Raise `Unsupported` unless this version has the back end and this machine may run it.
+
+    Of SonicMoE only the package is looked for: what it takes is known with the weights.
+    """
     if backend in sonic.NAMES:
         sonic.require(backend)
     elif backend != "auto":
-        backend_named(backend)
+        check_possible(backend, "on this machine", places_of(CPU))
 
 
 def _check_inputs(

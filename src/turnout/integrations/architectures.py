@@ -266,6 +266,14 @@ def get_path(module: nn.Module, path: str) -> Any:
     return value
 
 
+def stack_at(module: nn.Module, path: str) -> Any:
+    """The tensor at a path of a `Layout`, under whatever PEFT put around the module on the way."""
+    head, _, tail = path.partition(".")
+    if tail:
+        return get_path(live(getattr(module, head)), tail)
+    return get_path(module, head)
+
+
 def foreign_parametrization(module: nn.Module, name: str) -> str:
     """The parametrization of a parameter that is not PEFT's own fold, or an empty string."""
     if not parametrize.is_parametrized(module, name):

@@ -8,7 +8,7 @@ What happens when, in axolotl's order:
 
     register         versions of axolotl, transformers and PEFT
     validation       `TurnoutArgs` joins the schema; conflicts are refused
-    pre_model_load   conflicts again, as other plugins write keys; the back end exists
+    pre_model_load   conflicts again, as other plugins write keys; the back end can run here
     post_lora_load   `turnout.patch`, with full fine-tuning and with adapters alike
     post_model_load  nobody took a fused layer away; the summary goes to the log
     trainer          `TurnoutCallback`, if `turnout_report` is set
@@ -113,7 +113,8 @@ class TurnoutPlugin(BasePlugin):
 
         Raises:
             ValueError: a conflict, also one that another plugin has written into `cfg`.
-            Unsupported: this version of turnout does not have the back end.
+            Unsupported: this version of turnout does not have the back end, or nothing on this
+                machine can run it.
         """
         _refuse(cfg)
         check_backend(rules.patch_options(cfg)["backend"])

@@ -10,6 +10,7 @@ library is modified, and `model.config` stays as it is.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from turnout.experts.early import check_possible, dtypes_of, places_of
 from turnout.experts.ops import check_backend
 from turnout.experts.sonic import NAMES as SONIC
 from turnout.integrations import checkpoints, peft, sonic
@@ -25,6 +27,7 @@ from turnout.integrations.architectures import (
     Stock,
     expert_modules,
     live,
+    stack_at,
     stack_holder,
 )
 from turnout.integrations.report import Report
@@ -79,7 +82,8 @@ def patch(
     Raises:
         ValueError: no MoE layer, a bad option, too old transformers or PEFT, or expert adapters
             that were asked for and are not there.
-        Unsupported: an option or back end that this version does not have.
+        Unsupported: an option or back end that this version does not have, or a back end that can
+            not run these weights: on a GPU where they are, else on any device of this machine.
     """
     check_versions()
     _check_options(model, backend, router, recompute, expert_dropout, tune)
@@ -92,6 +96,8 @@ def patch(
         )
     if backend in SONIC:
         sonic.check(layers, backend, recompute, expert_dropout)
+    elif backend != "auto":
+        _check_places(layers, backend)
     for _, module, layout in layers:
         if isinstance(layout, Layout):
             state = LayerState(layout, backend, recompute, expert_dropout, patched=True)
@@ -135,6 +141,17 @@ def _check_options(
     check_backend(backend)
     if tune not in (None, "first-use"):
         raise ValueError(f"tune is {tune!r}; expected None or 'first-use'")
+
+
+def _check_places(layers: Iterable[tuple[str, nn.Module, Layout | Stock]], backend: str) -> None:
+    """Raise `Unsupported` for the first layer that the named back end can never run."""
+    for name, module, layout in layers:
+        if isinstance(layout, Stock):
+            continue
+        stack = stack_at(stack_holder(module, layout), layout.gate_up)
+        dtype = str(stack.dtype).removeprefix("torch.")
+        what = f"{name} ({type(module).__name__}), {dtype} on {stack.device}"
+        check_possible(backend, what, places_of(stack.device), dtypes_of(stack))
 
 
 def patch_module(module: Any, state: LayerState) -> None:

@@ -21,6 +21,7 @@ from turnout.integrations.architectures import (
     forward_in_front,
     get_path,
     live,
+    stack_at,
     stack_holder,
 )
 from turnout.integrations.router_forward import STATE
@@ -59,7 +60,7 @@ class LayerRow:
                 detail=layout.detail,
             )
         holder = stack_holder(module, layout)
-        down = _parameter(holder, layout.down)
+        down = stack_at(holder, layout.down)
         outer, inner = (2, 1) if layout.spec.transposed else (1, 2)
         known = down.dim() == 3
         state = state_of(holder)
@@ -76,13 +77,6 @@ class LayerRow:
             activation=_describe(layout),
             frozen=not down.requires_grad,
         )
-
-
-def _parameter(module: nn.Module, path: str) -> Any:
-    head, _, tail = path.partition(".")
-    if tail:
-        return get_path(live(getattr(module, head)), tail)
-    return get_path(module, head)
 
 
 def _describe(layout: Layout) -> str:

@@ -11,7 +11,9 @@ import torch
 from rich.console import Console
 
 import turnout
+from turnout.device import device_of
 from turnout.experts import sonic
+from turnout.experts.early import check_possible
 from turnout.specs import Unsupported
 from turnout.train import builtin, corpus, folder
 from turnout.train.checkpoint import check_checkpoint, check_fits, load_model, load_tokenizer
@@ -82,6 +84,7 @@ def prepare(config: TrainConfig, console: Console) -> Job:
     resume_from = folder.last_checkpoint(config.out) if config.resume else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(config, device)
+    _check_backend(config, device, dtype)
     if config.model is not None:
         check_checkpoint(config.model)
         tokenizer = load_tokenizer(config.model)
@@ -142,15 +145,22 @@ def _data(config: TrainConfig, tokenizer: Any) -> Data:
     )
 
 
-def _check_model(model: Any, data: Data, config: TrainConfig) -> None:
-    """The model has experts to adapt, takes the tokens, and turnout accepts the options for it."""
-    check_fits(model, data, config.row_tokens)
+def _check_backend(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """A back end that was named can run here: device and dtype of the whole run are decided."""
     if config.backend in sonic.NAMES:
         raise Unsupported(
             f"--backend is {config.backend!r}; turnout train trains adapters, which SonicMoE has "
             "no products for; expected auto, torch, triton or hopper. docs/sonic.md has what "
             "turnout.patch can do with SonicMoE"
         )
+    if config.backend != "auto":
+        what = f"this training in {str(dtype).removeprefix('torch.')}"
+        check_possible(config.backend, what, [device_of(device)], [dtype])
+
+
+def _check_model(model: Any, data: Data, config: TrainConfig) -> None:
+    """The model has experts to adapt, takes the tokens, and turnout accepts the options for it."""
+    check_fits(model, data, config.row_tokens)
     turnout.lora_targets(model)
     turnout.patch(model, **_patch_options(config))
     turnout.unpatch(model)
