@@ -155,6 +155,7 @@ class Launch:
         same_dtypes: every call has tensors of the same dtypes, and the same ones are None, because
             whoever keeps this launch keeps one for each combination; so calls need not be told
             apart by it.
+        source: where its config came from, for who listens; empty where there is none to choose.
     """
 
     __slots__ = (
@@ -167,6 +168,7 @@ class Launch:
         "numbers",
         "options",
         "same_dtypes",
+        "source",
     )
 
     def __init__(
@@ -179,7 +181,9 @@ class Launch:
         num_stages: int = 1,
         maps: dict[int, TensorMap] | None = None,
         same_dtypes: bool = False,
+        source: str = "",
     ) -> None:
+        self.source = source
         self.maps, self.same_dtypes = maps or {}, same_dtypes
         self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
         self.options = {"num_warps": num_warps, "num_stages": num_stages}

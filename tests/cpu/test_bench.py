@@ -77,7 +77,7 @@ def row(**values):
         "saved_mb": 456.0,
         "peak_mb": 900.0,
         "rel_err": 4e-3,
-        "config_source": "default",
+        "config_source": "analytic",
     }
     return Row(**base | values)
 
@@ -103,6 +103,7 @@ def test_provider_agrees_with_the_truth(name, mode, work, judges):
     assert measured.tflops == pytest.approx(flops(TINY, mode) / measured.ms / 1e9)
     assert (measured.saved_mb, measured.peak_mb) == (None, None)
     assert measured.backend == ("torch" if name == "turnout" else "")
+    assert measured.config_source == ""  # no kernel with a config ran
 
 
 def test_recomputation_is_judged_too(work, judges):

@@ -20,6 +20,10 @@ import turnout
 from problems import GPT_OSS, check, random_problem, run
 from tuning_cases import entry, gram, rows
 from turnout import launch
+from turnout.bench.providers import PROVIDERS, Options
+from turnout.bench.run import measure
+from turnout.bench.truth import make_judge
+from turnout.bench.work import make_weights, make_work
 from turnout.experts import gemm_triton, triton_tuning
 from turnout.measure import Timing
 from turnout.shapes import Shape
@@ -190,6 +194,33 @@ def test_a_step_pays_for_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gemm_triton, "config_for", asked)
     run(problem, backend="triton")
+
+
+def test_the_source_of_a_config_in_a_benchmark_is_that_of_another_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 is wrong in the interpreter, so the gate is red; what ran is known anyway."""
+    bench_work = make_work(SMALL, make_weights(SMALL, torch.device("cpu")))
+    judge = make_judge(bench_work, lora=False, gradients=False)
+    options = Options(backend="triton")
+
+    def source() -> str:
+        (measured,) = measure(PROVIDERS["turnout"], bench_work, "fwd", judge, options, repeats=1)
+        return measured.config_source
+
+    assert source() == "analytic"
+    report.forget()
+    assert source() == "analytic", "launches that were built before are asked as well"
+    gemm_triton._rows_launch.cache_clear()
+    assert source() == "analytic"
+    up, down = report.events()
+    monkeypatch.setenv("TURNOUT_CACHE_DIR", str(folder / "other"))
+    cache.Store(folder / "other", cache.SHIPPED).put([entry(up.ask, up.config)])
+    gemm_triton._rows_launch.cache_clear()
+    assert source() == "analytic+user cache"
+    cache.store().put([entry(down.ask, down.config)])
+    gemm_triton._rows_launch.cache_clear()
+    assert source() == "tuned+user cache"
 
 
 def test_no_one_asked_and_something_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

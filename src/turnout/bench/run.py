@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from turnout.bench.providers import Options, Provider, Run
 from turnout.bench.truth import Judge, Results, sampled
 from turnout.bench.work import DTYPE, GRADIENTS, Leaves, Mode, Work, flops
 from turnout.experts.weights import alternating
-from turnout.launch import recording
+from turnout.launch import Launch, recording
 from turnout.measure import seconds
 
 MIB = 2**20
@@ -40,6 +39,8 @@ class Measured:
         provider: its name, with `+graph` for replays of a CUDA graph.
         first_s: seconds of the first step, compilation and the peer's own tuning included.
         backend: turnout's back ends that ran, joined by `+`; empty for peers.
+        config_source: where their configs came from, in the words of `turnout.tuning.entry.Source`,
+            joined by `+`; empty where no kernel with a config ran, and for peers.
     """
 
     provider: str
@@ -84,15 +85,14 @@ def measure(
     device = work.x_TH.device
     step = _Step(provider, work, mode, options)
     found: list[Results] = []
-    with _backends(provider.is_ours) as ran:
+    ran = _Ran()
+    with _listening(ran) if provider.is_ours else nullcontext():
         first = seconds(lambda: found.append(step.run()), device=device, warmup=0, repeats=1)
     measured = Measured(
         provider=provider.name,
         first_s=first.median,
-        backend=provider.backend
-        or "+".join(sorted(ran))
-        or (options.backend if provider.is_ours else ""),
-        config_source="default" if provider.is_ours else "",
+        backend=provider.backend or "+".join(sorted(ran.backends)),
+        config_source="+".join(sorted(ran.sources)),
     )
     rel_err, reason = _verdict(judge, found.pop(), provider)
     measured = replace(measured, rel_err=rel_err, reason=reason)
@@ -178,21 +178,30 @@ def _verdict(judge: Judge, results: Results, provider: Provider) -> tuple[float,
     return judge.verdict(compared, is_ours=provider.is_ours)
 
 
+@dataclass(slots=True)
+class _Ran:
+    """What a step of turnout's launched: the back ends, and where the configs came from."""
+
+    backends: set[str] = field(default_factory=set)
+    sources: set[str] = field(default_factory=set)
+
+
 @contextmanager
-def _backends(ours: bool) -> Iterator[set[str]]:
-    """Collects the names of the back ends that run meanwhile, by what they launch.
+def _listening(ran: _Ran) -> Iterator[None]:
+    """Collects what runs meanwhile, the backward pass included, which then stays in this thread.
 
-    A step that launches nothing of ours ran in plain PyTorch.
+    A step that launches nothing of ours ran in plain PyTorch, where there is no config to choose.
     """
-    names: set[str] = set()
 
-    def heard(launch: Any, tensors: object) -> None:
-        names.add("hopper" if "hopper" in launch.kernel.__module__ else "triton")
+    def heard(launch: Launch, tensors: object) -> None:
+        ran.backends.add("hopper" if "hopper" in launch.kernel.__module__ else "triton")
+        if launch.source:
+            ran.sources.add(launch.source)
 
-    with recording(heard):
-        yield names
-    if ours and not names:
-        names.add("torch")
+    with recording(heard), torch.autograd.set_multithreading_enabled(False):
+        yield
+    if not ran.backends:
+        ran.backends.add("torch")
 
 
 def _milliseconds(fn: Callable[[], object], device: torch.device, repeats: int) -> float:

@@ -33,7 +33,7 @@ from turnout.launch import Launch, TensorMap
 from turnout.ragged import Ragged, num_tiles
 from turnout.specs import Activation, GemmProblem
 from turnout.tuning.key import Ask, Config
-from turnout.tuning.report import launched
+from turnout.tuning.report import launched, source_of
 
 NAME = "hopper"
 COUNTED = 16  # elements: of numbers, Triton knows whether they are multiples of it, and of no other
@@ -160,7 +160,8 @@ def _rows_launch(
     tiles = num_tiles(problem.rows, experts, rule.block_m)
     numbers = (n, k, rank, half, row_stride, num_n, tiles)
     grid = (min(chip.num_sms, tiles * num_n), 1, 1)
-    launch = Launch(rows_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps)
+    source = source_of(ask)
+    launch = Launch(rows_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps, source=source)
     return launch, num_n, rule.rest > 0
 
 
@@ -301,7 +302,8 @@ def _gram_launch(
     num_n, num_k = -(-n // rule.block_n), -(-k // rule.block_k)
     numbers = (n, k, *row_strides, num_n, num_k, experts)
     grid = (min(chip.num_sms, experts * num_n * num_k), 1, 1)
-    return Launch(gram_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps)
+    source = source_of(ask)
+    return Launch(gram_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps, source=source)
 
 
 def launch_gram(

@@ -29,7 +29,7 @@ from turnout.ragged import Ragged, num_tiles
 from turnout.specs import Activation, GemmProblem
 from turnout.tuning import first_use
 from turnout.tuning.key import Ask, Config
-from turnout.tuning.report import config_for
+from turnout.tuning.report import config_for, source_of
 
 NAME = "triton"
 _DTYPES = ("float16", "bfloat16", "float32")
@@ -161,7 +161,10 @@ class _Rows(NamedTuple):
 @lru_cache(maxsize=4096)
 def _rows_launch(facts: _Rows) -> tuple[Launch, int]:
     """What is launched, and its column tiles."""
-    return _build_rows(facts, config_for(*facts.ask()))
+    ask, default = facts.ask()
+    launch, num_n = _build_rows(facts, config_for(ask, default))
+    launch.source = source_of(ask)
+    return launch, num_n
 
 
 def _build_rows(facts: _Rows, config: Config) -> tuple[Launch, int]:
@@ -368,7 +371,10 @@ class _Gram(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _gram_launch(facts: _Gram) -> Launch:
-    return _build_gram(facts, config_for(*facts.ask()))
+    ask, default = facts.ask()
+    launch = _build_gram(facts, config_for(ask, default))
+    launch.source = source_of(ask)
+    return launch
 
 
 def _build_gram(facts: _Gram, config: Config) -> Launch:

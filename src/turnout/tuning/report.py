@@ -41,7 +41,7 @@ class Event:
     @property
     def place(self) -> tuple[Key, int, str]:
         """Events with the same place are one problem; as `Entry.place`."""
-        return self.ask.key, bucket_of(self.ask.rows), self.ask.device.name
+        return _place(self.ask)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the line of a report."""
@@ -59,6 +59,10 @@ class Event:
             "source": self.source,
         }
         return found | {"search": None if search is None else search.to_dict()}
+
+
+def _place(ask: Ask) -> tuple[Key, int, str]:
+    return ask.key, bucket_of(ask.rows), ask.device.name
 
 
 _events: dict[tuple[Key, int, str], Event] = {}
@@ -80,6 +84,13 @@ def config_for(ask: Ask, default: Config) -> Config:
 def launched(ask: Ask, config: Config) -> None:
     """Records a problem whose kernel knows no other config."""
     _note(Event(ask=ask, config=config, source="fixed", search=None))
+
+
+def source_of(ask: Ask) -> str:
+    """Where the config of a problem came from when it was last asked for; empty if it never was."""
+    with _lock:
+        event = _events.get(_place(ask))
+    return "" if event is None else event.source
 
 
 def _note(event: Event) -> None:
