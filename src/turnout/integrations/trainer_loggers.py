@@ -79,14 +79,15 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """`trackio.log`, which has the names of W&B."""
+    """`trackio.log`, which has the names of W&B; its tables take the names of columns from pandas
+    alone, which it brings."""
 
     def __init__(self, args: Any) -> None:
         self._trackio = _running("trackio", lambda module: module)
 
     def table(self, rows: Sequence[Row], step: int) -> None:
-        data = [list(row.values()) for row in rows]
-        table = self._trackio.Table(columns=list(rows[0]), data=data)
+        pandas = importlib.import_module("pandas")
+        table = self._trackio.Table(dataframe=pandas.DataFrame(list(rows), dtype=object))
         self._trackio.log({TABLE: table, "train/global_step": step})
 
     def scalars(self, values: dict[str, float], step: int) -> None:
