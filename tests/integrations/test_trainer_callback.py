@@ -188,6 +188,22 @@ def test_evaluation_and_recomputation_are_counted(tmp_path: Path) -> None:
     load.detach()
 
 
+def test_a_compiled_model_is_compiled_again_while_its_load_is_counted() -> None:
+    model = tiny(KEY).train()
+    load = ExpertLoad(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    ids = torch.ones(1, 8, dtype=torch.int64)
+    graphs = []
+    for _ in range(4):
+        compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert len(set(graphs)) == 1
+    assert {layer["tokens"] for layer in load.take().values()} == {4 * 8}
+    load.detach()
+
+
 def test_a_model_without_routers_stops_the_training(tmp_path: Path) -> None:
     class Dense(nn.Module):
         def __init__(self) -> None:

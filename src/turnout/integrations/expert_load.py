@@ -6,6 +6,9 @@ Nothing waits for the device until `take` is called: each hook adds the statisti
 Not counted: evaluation, the second forward of activation checkpointing, other processes' tokens,
 and Aria, whose experts module routes inside.
 
+Under `torch.compile` each hook runs outside the graphs: counters that change would be compiled
+again and again.
+
 Legend: T tokens, K experts per token, E experts.
 """
 
@@ -125,6 +128,7 @@ def _is_counted(module: nn.Module) -> bool:
     return module.training and bool(torch._C._current_graph_task_id() == -1)
 
 
+@torch.compiler.disable
 def _read_router(
     layer: LayerLoad,
     parts: tuple[str, ...],
@@ -158,6 +162,7 @@ def _is_order(letters: str, out: Any) -> bool:
     return all((letter == "i") != tensor.is_floating_point() for letter, tensor in pairs)
 
 
+@torch.compiler.disable
 def _read_experts(layer: LayerLoad, module: nn.Module, args: Any, kwargs: Any) -> None:
     """The integer (T, K) tensor among the arguments of an experts module."""
     if not _is_counted(module):
