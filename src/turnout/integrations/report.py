@@ -19,7 +19,6 @@ from turnout.integrations.architectures import (
     Stock,
     expert_modules,
     forward_in_front,
-    get_path,
     live,
     stack_at,
     stack_holder,
