@@ -12,6 +12,7 @@ import torch
 from turnout.device import Device
 from turnout.measure import Timing
 from turnout.specs import Activation, GemmProblem
+from turnout.tuning import report
 from turnout.tuning.entry import Entry, Search
 from turnout.tuning.key import Ask, Config, bucket_of
 
@@ -127,3 +128,10 @@ def clock(times: dict[Config, float], spread: float = 0.0) -> Callable[..., Timi
         )
 
     return seconds
+
+
+def ran(question: Ask, default: Config) -> Config:
+    """What the question's launch runs with; the launch is in the record."""
+    event = report.choose(question, default)
+    event.note()
+    return event.config

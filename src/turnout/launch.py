@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, reduce
 from operator import or_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -142,6 +142,17 @@ class _Placed:
         return self.address
 
 
+class Chosen(Protocol):
+    """How a config was chosen."""
+
+    @property
+    def source(self) -> str:
+        """Where it came from."""
+
+    def note(self) -> None:
+        """The config runs."""
+
+
 class Launch:
     """One kernel with everything fixed but the tensors. Build it once, behind an `lru_cache`.
 
@@ -155,12 +166,14 @@ class Launch:
         same_dtypes: every call has tensors of the same dtypes, and the same ones are None, because
             whoever keeps this launch keeps one for each combination; so calls need not be told
             apart by it.
-        source: where its config came from, for who listens; empty where there is none to choose.
+        chosen: how its config was chosen, told when the launch runs for the first time; None where
+            there is nothing to choose.
     """
 
     __slots__ = (
         "_ready",
         "_rest",
+        "chosen",
         "constants",
         "grid",
         "kernel",
@@ -168,7 +181,6 @@ class Launch:
         "numbers",
         "options",
         "same_dtypes",
-        "source",
     )
 
     def __init__(
@@ -181,9 +193,9 @@ class Launch:
         num_stages: int = 1,
         maps: dict[int, TensorMap] | None = None,
         same_dtypes: bool = False,
-        source: str = "",
+        chosen: Chosen | None = None,
     ) -> None:
-        self.source = source
+        self.chosen = chosen
         self.maps, self.same_dtypes = maps or {}, same_dtypes
         self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -243,6 +255,8 @@ class Launch:
         assert on is not None
         device = on.get_device()
         if device < 0:  # the interpreter
+            if self.chosen is not None:
+                self.chosen.note()
             self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
             return
         get_device, get_stream, _ = _triton()
@@ -269,6 +283,8 @@ class Launch:
             args = self.arguments(addresses) if self.maps else addresses
             run(*self.grid, get_stream(device), *head, None, None, None, *args, *self._rest)
             return
+        if self.chosen is not None:
+            self.chosen.note()
         given: list[Any] = list(tensors)
         for place, tensor_map in self.maps.items():
             tensor = tensors[place]

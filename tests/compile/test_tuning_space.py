@@ -16,6 +16,7 @@ from recording import Launch, chip, compiled, rejects, resources
 from turnout.experts import gemm_triton
 from turnout.tuning.candidates import candidates
 from turnout.tuning.key import Ask, Config
+from turnout.tuning.report import Event, fixed
 from turnout.tuning.space import registers, shared_memory
 
 CHIPS = (80, 90, 120)
@@ -35,12 +36,12 @@ def asked(
     """The questions for a config in one training step, and the analytic answers."""
     found: dict[Ask, Config] = {}
 
-    def note(ask: Ask, default: Config) -> Config:
+    def note(ask: Ask, default: Config) -> Event:
         found[ask] = default
-        return default
+        return fixed(ask, default)
 
     with monkeypatch.context() as patched:
-        patched.setattr(gemm_triton, "config_for", note)
+        patched.setattr(gemm_triton, "choose", note)
         record(arch, dtype, MODELS[model], rows, call)
     return found
 
@@ -59,13 +60,13 @@ def launches(
     for number in range(rounds):
         chosen: list[tuple[Ask, Config]] = []
 
-        def choose(ask: Ask, default: Config, n: int = number, into=chosen) -> Config:  # type: ignore[no-untyped-def]
+        def choose(ask: Ask, default: Config, n: int = number, into=chosen) -> Event:  # type: ignore[no-untyped-def]
             config = lists[ask][n] if n < len(lists[ask]) else default
             into.append((ask, config))
-            return config
+            return fixed(ask, config)
 
         with monkeypatch.context() as patched:
-            patched.setattr(gemm_triton, "config_for", choose)
+            patched.setattr(gemm_triton, "choose", choose)
             found = record(arch, dtype, MODELS[model], rows, call)
         for ask, config in chosen:
             if config in lists[ask]:

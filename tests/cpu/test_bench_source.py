@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -61,7 +62,8 @@ def launching(launches, in_threads):
 
 
 def launch_of(module, source):
-    return Launch(FakeKernel(module), (1, 1, 1), (), {}, 4, source=source)
+    chosen = SimpleNamespace(source=source, note=lambda: None) if source else None
+    return Launch(FakeKernel(module), (1, 1, 1), (), {}, 4, chosen=chosen)
 
 
 @pytest.mark.parametrize(

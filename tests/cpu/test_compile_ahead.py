@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from io import BytesIO
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,3 +170,15 @@ def test_another_program_is_started_as_a_worker(monkeypatch: pytest.MonkeyPatch)
     for program in ("/opt/blender/blender", "", None):
         monkeypatch.setattr(module.sys, "executable", program)
         assert module._num_workers() == 0
+
+
+def test_a_launch_that_never_ran_is_in_the_record() -> None:
+    """A backward pass that is foreseen need not come."""
+    noted: list[str] = []
+    launch = launch_of(Kernel())
+    launch.chosen = SimpleNamespace(source="analytic", note=lambda: noted.append("it"))
+    with noting([]):
+        launch(torch.zeros(4))
+    assert not noted
+    launch(torch.zeros(4))
+    assert noted

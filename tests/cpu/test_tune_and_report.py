@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tuning_cases import GATED, GRAM, PLAIN, ask, entry, gram, rows, search_of
+from tuning_cases import GATED, GRAM, PLAIN, ask, entry, gram, ran, rows, search_of
 from turnout import cli
 from turnout.report.roofline import plot, point
 from turnout.shapes import SHAPES
@@ -41,8 +41,8 @@ def a_run(folder: Path) -> Path:
     """The report of a run with a tuned and an untuned kernel, and the load of two layers."""
     search = search_of({TUNED: 0.001, DEFAULT: 0.002}, TUNED)
     cache.store().put([entry(ask(GATED), TUNED, search=search)])
-    report.config_for(ask(GATED), DEFAULT)
-    report.config_for(ask(GRAM), gram(16, 128))
+    ran(ask(GATED), DEFAULT)
+    ran(ask(GRAM), gram(16, 128))
     layer = {"load": [6, 0, 2, 4], "tokens": 6, "dropped": 0.0, "entropy": 1.25}
     load = {"event": "experts", "step": 10, "layers": {"model.layers.0.mlp.gate": layer}}
     journal.append(folder / journal.NAME, [*report.record(), load])
@@ -71,7 +71,7 @@ def test_the_json_of_a_report_is_not_the_report(tmp_path, monkeypatch, capsys):
 def test_earlier_runs_are_mixed_with_the_last(tmp_path, monkeypatch, capsys):
     a_run(tmp_path)
     report.forget()
-    report.config_for(ask(), DEFAULT)
+    ran(ask(), DEFAULT)
     journal.append(tmp_path / journal.NAME, report.record())
     assert turnout(monkeypatch, "report", tmp_path, "--json", tmp_path / "out.json") == 0
     assert "last of 2 runs" in capsys.readouterr().out
@@ -117,7 +117,7 @@ def test_a_wrong_report_is_a_traceback(tmp_path, monkeypatch, capsys, arguments,
 
 
 def test_a_roofline_is_wrong(tmp_path):
-    report.config_for(ask(), DEFAULT)
+    ran(ask(), DEFAULT)
     (event,) = [line for line in report.record() if line["event"] == "kernel"]
     event["search"] = search_of({DEFAULT: 0.002}, DEFAULT).to_dict()
     found = point(event)
@@ -131,7 +131,7 @@ def test_a_roofline_is_wrong(tmp_path):
 def test_the_rank_or_the_dtype_does_not_count_in_the_roofline():
     def of(problem):
         report.forget()
-        report.config_for(ask(problem), DEFAULT if problem.ragged == "m" else gram(16, 128))
+        ran(ask(problem), DEFAULT if problem.ragged == "m" else gram(16, 128))
         return point(next(line for line in report.record() if line["event"] == "kernel"))
 
     assert of(replace(GATED, rank=64)).flop > of(GATED).flop
@@ -152,7 +152,7 @@ def test_a_picture_is_not_made(tmp_path, monkeypatch, name):
 
 
 def test_a_picture_without_times_or_roofs_is_an_error(tmp_path):
-    report.config_for(ask(), DEFAULT)
+    ran(ask(), DEFAULT)
     points = [point(line) for line in report.record() if line["event"] == "kernel"]
     plot(tmp_path / "a.png", points, None)
     assert (tmp_path / "a.png").exists()
@@ -160,7 +160,7 @@ def test_a_picture_without_times_or_roofs_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("missing", ["key", "kernel"])
 def test_an_event_without_sizes_is_drawn(missing):
-    report.config_for(ask(), DEFAULT)
+    ran(ask(), DEFAULT)
     event = report.record()[1]
     del event[missing]
     with pytest.raises(ValueError, match=missing):

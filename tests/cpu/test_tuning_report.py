@@ -10,7 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from tuning_cases import GATED, GRAM, NARROW, PLAIN, ask, entry, gpu, gram, rows, search_of
+from tuning_cases import (
+    GATED,
+    GRAM,
+    NARROW,
+    PLAIN,
+    ask,
+    entry,
+    gpu,
+    gram,
+    ran,
+    rows,
+    search_of,
+)
 from turnout import device
 from turnout.tuning import cache, journal, report
 from turnout.tuning.cache import SHIPPED, Store
@@ -32,10 +44,10 @@ def kernels():
 
 def test_a_problem_that_ran_twice_is_two_events():
     for question in (ask(), ask(replace(PLAIN, rows=120_000)), ask(GATED), ask()):
-        report.config_for(question, DEFAULT)
+        ran(question, DEFAULT)
     assert len(report.events()) == 2
-    report.config_for(ask(replace(PLAIN, rows=1024)), DEFAULT)
-    report.config_for(ask(name="another GPU"), DEFAULT)
+    ran(ask(replace(PLAIN, rows=1024)), DEFAULT)
+    ran(ask(name="another GPU"), DEFAULT)
     assert len(report.events()) == 4
 
 
@@ -43,7 +55,7 @@ def test_an_event_lacks_what_one_needs_to_prune_the_space():
     """The seed's record had no timing, no rank, no dtypes, no versions."""
     search = search_of({TUNED: 0.001, DEFAULT: 0.002}, TUNED)
     cache.store().put([entry(ask(GATED), TUNED, search=search)])
-    assert report.config_for(ask(GATED), DEFAULT) == TUNED
+    assert ran(ask(GATED), DEFAULT) == TUNED
     (event,) = kernels()
     assert event["kernel"] == "rows"
     assert event["device"] == "sm_90"
@@ -62,14 +74,14 @@ def test_an_event_lacks_what_one_needs_to_prune_the_space():
 
 def test_where_a_config_came_from_is_not_told(tmp_path, monkeypatch):
     Store(tmp_path / "cache", SHIPPED).put([entry(ask(NARROW), rows(16))])
-    report.config_for(ask(), DEFAULT)
-    report.config_for(ask(NARROW), DEFAULT)
+    ran(ask(), DEFAULT)
+    ran(ask(NARROW), DEFAULT)
     monkeypatch.setattr(cache, "SHIPPED", tmp_path / "shipped")
     (tmp_path / "shipped").mkdir()
     from turnout.tuning import table
 
     table.write(tmp_path / "shipped" / "a.json", table.Table((entry(ask(GRAM), gram(16, 128)),)))
-    report.config_for(ask(GRAM), gram(16, 64))
+    ran(ask(GRAM), gram(16, 64))
     found = {event["kernel"]: event["source"] for event in kernels()}
     assert [event["source"] for event in kernels()] == ["analytic", "user cache", "shipped"]
     assert found["gram"] == "shipped"
@@ -77,8 +89,8 @@ def test_where_a_config_came_from_is_not_told(tmp_path, monkeypatch):
 
 
 def test_the_head_lacks_devices_or_versions():
-    report.config_for(ask(), DEFAULT)
-    report.config_for(ask(arch=80), DEFAULT)
+    ran(ask(), DEFAULT)
+    ran(ask(arch=80), DEFAULT)
     head = report.record()[0]
     assert head["event"] == "head"
     assert head["format"] == report.FORMAT
@@ -237,8 +249,8 @@ def test_autotuners_are_asked_for_where_triton_is_not_loaded(monkeypatch):
 
 
 def a_report(path: Path) -> Path:
-    report.config_for(ask(), DEFAULT)
-    report.config_for(ask(GRAM), gram(16, 128))
+    ran(ask(), DEFAULT)
+    ran(ask(GRAM), gram(16, 128))
     journal.append(path, report.record())
     return path
 

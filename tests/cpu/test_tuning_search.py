@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tuning_cases import GATED, PLAIN, FakeTrial, ask, clock, entry, rows
-from turnout.tuning import cache, report
+from tuning_cases import GATED, PLAIN, FakeTrial, ask, clock, entry, ran, rows
+from turnout.tuning import cache
 from turnout.tuning.cache import Store
 from turnout.tuning.candidates import candidates
 from turnout.tuning.first_use import Tuner, current, start, stop, tuning
@@ -154,7 +154,7 @@ def test_a_second_look_searches_again(folder):
     assert not one.wants(ask())
     assert not one.wants(ask(replace(PLAIN, rows=120_000)))  # the same bucket
     assert one.wants(ask(GATED))
-    assert report.config_for(ask(), DEFAULT) == FAST
+    assert ran(ask(), DEFAULT) == FAST
     assert [e.config for e in one.entries] == [FAST]
     assert not tuner().wants(ask())  # another one finds it in the cache
 
@@ -198,7 +198,7 @@ def test_a_search_that_fails_stops_the_training(trial, text, caplog):
         one.tune(ask(), DEFAULT, trial)
     assert text in caplog.text
     assert not one.wants(ask())  # nor is it tried at every step
-    assert report.config_for(ask(), DEFAULT) == DEFAULT
+    assert ran(ask(), DEFAULT) == DEFAULT
     assert len(one.broken) == ("finite" in text)
 
 
@@ -224,7 +224,7 @@ def test_another_process_has_searched_meanwhile_and_it_is_done_again(folder):
     Store(folder, cache.SHIPPED).put([entry(ask(), SLOW)])
     one.tune(ask(), DEFAULT, trial)
     assert trial.ran == []
-    assert report.config_for(ask(), DEFAULT) == SLOW
+    assert ran(ask(), DEFAULT) == SLOW
 
 
 def test_a_graph_is_captured_while_something_is_timed(monkeypatch):
@@ -281,4 +281,4 @@ def test_no_tuner_times_something(monkeypatch):
     """Law 9: without being asked for, a config is looked up and nothing is run."""
     monkeypatch.setattr("turnout.measure.seconds", lambda *a, **k: pytest.fail("timed"))
     assert current() is None
-    assert report.config_for(ask(), DEFAULT) == DEFAULT
+    assert ran(ask(), DEFAULT) == DEFAULT

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import turnout
-from tuning_cases import ask, rows
+from tuning_cases import ask, ran, rows
 from turnout import cli
 from turnout.train import TrainConfig, TrainingFailed, builtin, pipeline, proof, run
 from turnout.train import progress as progress_module
@@ -123,7 +123,7 @@ def test_what_ran_is_not_recorded(checkpoint, text, tmp_path, monkeypatch, capsy
     """Kernels need a GPU: here a launch is a question for a config."""
 
     def launch(self, args, state, control, **kwargs):
-        report.config_for(ask(), rows(128))
+        ran(ask(), rows(128))
 
     report.forget()
     monkeypatch.setattr(progress_module.Bar, "on_step_begin", launch)

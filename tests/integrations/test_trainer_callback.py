@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import turnout
-from tuning_cases import ask, rows
+from tuning_cases import ask, ran, rows
 from turnout.integrations.expert_load import ExpertLoad
 from turnout.integrations.trainer import LAST_STEP, TurnoutCallback
 from turnout.integrations.trainer_loggers import TABLE
@@ -63,7 +63,7 @@ class Launches(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step + 1 == self.step:
-            report.config_for(ask(), rows(128))
+            ran(ask(), rows(128))
 
 
 def train(folder: Path, *callbacks: TrainerCallback, model: Any = None, **options: Any) -> Trainer:
@@ -281,7 +281,7 @@ def test_every_process_writes(tmp_path: Path) -> None:
     callback = TurnoutCallback()
     args = SimpleNamespace(output_dir=str(tmp_path), report_to=[])
     state = SimpleNamespace(is_world_process_zero=False, global_step=1)
-    report.config_for(ask(), rows(128))
+    ran(ask(), rows(128))
     callback.on_train_begin(args, state, None, model=tiny(KEY))
     callback.on_step_end(args, state, None)
     callback.on_log(args, state, None, logs={"loss": 1.0})
@@ -340,7 +340,7 @@ def with_logger(name: str, module: Any, tmp_path: Path, monkeypatch: Any, steps:
     model = tiny(KEY).train()
     state = SimpleNamespace(is_world_process_zero=True, global_step=0)
     callback.on_train_begin(args, state, None, model=model)
-    report.config_for(ask(), rows(128))
+    ran(ask(), rows(128))
     for step in range(1, steps + 1):
         model(input_ids=torch.ones(1, 8, dtype=torch.int64))
         state.global_step = step
@@ -412,7 +412,7 @@ def test_a_logger_that_fails_ends_the_training_or_is_asked_again(
 def test_a_logger_that_is_not_known_ends_the_training(tmp_path: Path) -> None:
     callback = TurnoutCallback()
     args = SimpleNamespace(output_dir=str(tmp_path), report_to=["comet_ml", "none"])
-    report.config_for(ask(), rows(128))
+    ran(ask(), rows(128))
     state = SimpleNamespace(is_world_process_zero=True, global_step=1)
     callback.on_step_end(args, state, None)
     assert journal.read(tmp_path / journal.NAME).of("kernel")

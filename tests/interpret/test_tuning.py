@@ -192,7 +192,7 @@ def test_a_step_pays_for_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(*args: Any) -> Config:
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(gemm_triton, "config_for", asked)
+    monkeypatch.setattr(gemm_triton, "choose", asked)
     run(problem, backend="triton")
 
 

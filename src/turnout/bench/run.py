@@ -195,8 +195,8 @@ def _listening(ran: _Ran) -> Iterator[None]:
 
     def heard(launch: Launch, tensors: object) -> None:
         ran.backends.add("hopper" if "hopper" in launch.kernel.__module__ else "triton")
-        if launch.source:
-            ran.sources.add(launch.source)
+        if launch.chosen is not None:
+            ran.sources.add(launch.chosen.source)
 
     with recording(heard), torch.autograd.set_multithreading_enabled(False):
         yield

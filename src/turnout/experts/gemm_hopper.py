@@ -33,7 +33,7 @@ from turnout.launch import Launch, TensorMap
 from turnout.ragged import Ragged, num_tiles
 from turnout.specs import Activation, GemmProblem
 from turnout.tuning.key import Ask, Config
-from turnout.tuning.report import launched, source_of
+from turnout.tuning.report import fixed
 
 NAME = "hopper"
 COUNTED = 16  # elements: of numbers, Triton knows whether they are multiples of it, and of no other
@@ -156,12 +156,11 @@ def _rows_launch(
     ask = Ask(
         kernel="hopper_rows", problem=problem, device=chip, tile_rows=rule.block_m, top_k=top_k
     )
-    launched(ask, _config(rule, GROUP=rule.group))
+    event = fixed(ask, _config(rule, GROUP=rule.group))
     tiles = num_tiles(problem.rows, experts, rule.block_m)
     numbers = (n, k, rank, half, row_stride, num_n, tiles)
     grid = (min(chip.num_sms, tiles * num_n), 1, 1)
-    source = source_of(ask)
-    launch = Launch(rows_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps, source=source)
+    launch = Launch(rows_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps, chosen=event)
     return launch, num_n, rule.rest > 0
 
 
@@ -293,7 +292,7 @@ def _gram_launch(
     rule = gram_rule(n, k, top_k, gather_a, out_bytes)
     rows, experts, chip = problem.rows, problem.experts, device_of(device)
     ask = Ask(kernel="hopper_gram", problem=problem, device=chip, top_k=top_k)
-    launched(ask, _config(rule))
+    event = fixed(ask, _config(rule))
     if gather_a:
         maps = {3: TensorMap((rows, k), (row_strides[1], 1), (rule.block_m, rule.block_k))}
     else:
@@ -302,8 +301,7 @@ def _gram_launch(
     num_n, num_k = -(-n // rule.block_n), -(-k // rule.block_k)
     numbers = (n, k, *row_strides, num_n, num_k, experts)
     grid = (min(chip.num_sms, experts * num_n * num_k), 1, 1)
-    source = source_of(ask)
-    return Launch(gram_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps, source=source)
+    return Launch(gram_kernel, grid, numbers, {"RULE": rule}, 4, maps=maps, chosen=event)
 
 
 def launch_gram(

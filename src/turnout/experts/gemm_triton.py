@@ -29,7 +29,7 @@ from turnout.ragged import Ragged, num_tiles
 from turnout.specs import Activation, GemmProblem
 from turnout.tuning import first_use
 from turnout.tuning.key import Ask, Config
-from turnout.tuning.report import config_for, source_of
+from turnout.tuning.report import choose
 
 NAME = "triton"
 _DTYPES = ("float16", "bfloat16", "float32")
@@ -161,9 +161,9 @@ class _Rows(NamedTuple):
 @lru_cache(maxsize=4096)
 def _rows_launch(facts: _Rows) -> tuple[Launch, int]:
     """What is launched, and its column tiles."""
-    ask, default = facts.ask()
-    launch, num_n = _build_rows(facts, config_for(ask, default))
-    launch.source = source_of(ask)
+    event = choose(*facts.ask())
+    launch, num_n = _build_rows(facts, event.config)
+    launch.chosen = event
     return launch, num_n
 
 
@@ -371,9 +371,9 @@ class _Gram(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _gram_launch(facts: _Gram) -> Launch:
-    ask, default = facts.ask()
-    launch = _build_gram(facts, config_for(ask, default))
-    launch.source = source_of(ask)
+    event = choose(*facts.ask())
+    launch = _build_gram(facts, event.config)
+    launch.chosen = event
     return launch
 
 

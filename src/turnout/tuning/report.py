@@ -1,7 +1,8 @@
 """What ran: one event per distinct problem that was launched, and the devices and versions.
 
-`config_for` is asked when a launch is built, which happens once per problem, so a step pays nothing
-for the record. `record` also reads every other live autotuner of Triton in the process.
+`choose` is asked when a launch is built, which happens once per problem, and its answer notes
+itself when that launch first runs, so a step pays nothing for the record. `record` also reads every
+other live autotuner of Triton in the process.
 """
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ class Event:
     @property
     def place(self) -> tuple[Key, int, str]:
         """Events with the same place are one problem; as `Entry.place`."""
-        return _place(self.ask)
+        return self.ask.key, bucket_of(self.ask.rows), self.ask.device.name
+
+    def note(self) -> None:
+        """To the record: a launch calls it when it runs for the first time."""
+        with _lock:
+            _events[self.place] = self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the line of a report."""
@@ -61,41 +67,22 @@ class Event:
         return found | {"search": None if search is None else search.to_dict()}
 
 
-def _place(ask: Ask) -> tuple[Key, int, str]:
-    return ask.key, bucket_of(ask.rows), ask.device.name
-
-
 _events: dict[tuple[Key, int, str], Event] = {}
 _lock = threading.Lock()  # backward passes run in threads of autograd
 
 
-def config_for(ask: Ask, default: Config) -> Config:
-    """The stored config of a problem, else `default`; the choice is recorded. Times nothing."""
+def choose(ask: Ask, default: Config) -> Event:
+    """The stored config of a problem, else `default`. Times nothing, and records nothing yet."""
     stored = cache.store().find(ask)
     if stored is None:
-        event = Event(ask=ask, config=default, source="analytic", search=None)
-    else:
-        entry = stored.entry
-        event = Event(ask=ask, config=entry.config, source=stored.source, search=entry.search)
-    _note(event)
-    return event.config
+        return Event(ask=ask, config=default, source="analytic", search=None)
+    entry = stored.entry
+    return Event(ask=ask, config=entry.config, source=stored.source, search=entry.search)
 
 
-def launched(ask: Ask, config: Config) -> None:
-    """Records a problem whose kernel knows no other config."""
-    _note(Event(ask=ask, config=config, source="fixed", search=None))
-
-
-def source_of(ask: Ask) -> str:
-    """Where the config of a problem came from when it was last asked for; empty if it never was."""
-    with _lock:
-        event = _events.get(_place(ask))
-    return "" if event is None else event.source
-
-
-def _note(event: Event) -> None:
-    with _lock:
-        _events[event.place] = event
+def fixed(ask: Ask, config: Config) -> Event:
+    """The config of a problem whose kernel knows no other."""
+    return Event(ask=ask, config=config, source="fixed", search=None)
 
 
 def events() -> tuple[Event, ...]:
