@@ -1,11 +1,13 @@
 """The grouped GEMM contract: who is asked, who runs, and one choice for base and adapters."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from problems import assert_same, random_problem, run
 from turnout.device import Device
-from turnout.experts import gemm, gemm_torch
+from turnout.experts import gemm, gemm_hopper, gemm_torch, gemm_triton
 from turnout.experts.gemm import backend_named, grouped_gemm, grouped_gram, select
 from turnout.experts.operands import Activate, Operand, Tail
 from turnout.ragged import sort_by_expert
@@ -82,6 +84,15 @@ def test_a_named_back_end_is_chosen_over_the_first(monkeypatch):
     first, second = install(monkeypatch, Fake("a"), Fake("b"))
     assert select(PROBLEM, CPU, "b") is second
     assert first.asked == []
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float32", "float64"])
+def test_hoppers_kernels_take_weights_that_the_portable_ones_refuse(weights):
+    """What TMA can not read, theirs read; a float64 adapter beside 16-bit rows neither takes."""
+    pytest.importorskip("triton")
+    problem = replace(PROBLEM, dtype="bfloat16", weight_dtype=weights)
+    reasons = [module.rejects(problem, HOPPER) for module in (gemm_hopper, gemm_triton)]
+    assert (reasons[0] is None) == (reasons[1] is None) == (weights != "float64")
 
 
 def test_a_named_back_end_that_rejects_is_an_error_with_its_reason(monkeypatch):

@@ -53,7 +53,7 @@ def rejects(problem: GemmProblem, device: Device) -> str | None:
         return "needs sm_90" if device.arch is None else f"needs sm_90, this is sm_{device.arch}"
     if problem.dtype not in ("float16", "bfloat16"):
         return f"takes float16 and bfloat16, not {problem.dtype}"
-    return None
+    return gemm_triton.rejects(problem, device)  # which run what these kernels do not
 
 
 def _why_portable(
