@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from triton.errors import TritonError
 
 from turnout import cli
 from turnout.bench import step_fit, step_sweep
@@ -361,6 +362,13 @@ def test_where_stock_never_fits_the_definition_is_the_reference(monkeypatch):
     assert ours.step_ms > 0
 
 
+def test_where_stock_fails_nobody_is_judged(monkeypatch):
+    monkeypatch.setattr(step_sweep, "build", failing(RuntimeError("strides"), "stock"))
+    stock, ours = rows_of(providers=("stock", "turnout"))
+    assert stock.failed
+    assert (ours.gate, ours.note) == ("torch", "")
+
+
 def test_where_nothing_fits_all_rows_say_so(monkeypatch):
     everybody = [(name, (False, True)) for name in ALL]
     monkeypatch.setattr(step_sweep, "build", short_of_memory(*everybody))
@@ -369,17 +377,57 @@ def test_where_nothing_fits_all_rows_say_so(monkeypatch):
     assert all(r.out_of_memory for r in found)
 
 
-def test_another_error_of_torch_is_a_failed_row(monkeypatch):
-    def no_kernel(shape, layers, provider, device, **options):
-        if provider == "eager":
-            raise RuntimeError("no kernel image\nis available")
-        return build(shape, layers, provider, device, **options)
+def failing(error, provider="eager"):
+    """`build` that raises it for one provider."""
 
-    monkeypatch.setattr(step_sweep, "build", no_kernel)
+    def build_or_fail(shape, layers, name, device, **options):
+        if name == provider:
+            raise error
+        return build(shape, layers, name, device, **options)
+
+    return build_or_fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("no kernel image\nis available"),
+        AttributeError("'NoneType' object has no attribute 'shape'"),
+        TypeError("forward() takes 2 positional arguments"),
+        KeyError("sonicmoe"),
+        AssertionError("expected a multiple of 64"),
+        TritonError("an fp32 dot"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_one_provider_ends_the_run(monkeypatch, error):
+    monkeypatch.setattr(step_sweep, "build", failing(error))
     eager, ours = rows_of(providers=("eager", "turnout"))
-    assert eager.note == "failed: RuntimeError: no kernel image is available"
+    words = " ".join(str(error).split())
+    assert eager.note.startswith(f"failed: {type(error).__name__}: {words} (test_bench_step.py:")
     assert eager.failed
     assert ours.step_ms > 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",  # torch's own, where a kernel is loaded
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_memory_that_another_allocator_lacks_is_a_failure(monkeypatch, words):
+    monkeypatch.setattr(step_sweep, "build", failing(RuntimeError(words), "stock"))
+    (stock,) = rows_of(providers=("stock",))
+    assert stock.out_of_memory
+    assert not stock.failed
+
+
+def test_an_interrupted_run_goes_on(monkeypatch):
+    monkeypatch.setattr(step_sweep, "build", failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        rows_of(providers=("eager", "turnout"))
 
 
 def test_csv_is_appended_whole(tmp_path):

@@ -15,8 +15,8 @@ The gradients do: a missing adapter, scaling or sign, or another expert's gradie
 or more in its tensor. Nothing finer is claimed here; `turnout verify` and the gate of
 `turnout bench` compare with float32 and float64.
 
-Where a stock step has no memory even with checkpointing, turnout's own `torch` back end, plain
-PyTorch, is the reference, and the row's `gate` says `torch`.
+Where a stock step does not run even with checkpointing (for want of memory, mostly), turnout's own
+`torch` back end, plain PyTorch, is the reference, and the row's `gate` says `torch`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Gate:
 
     Attributes:
         reference: that step.
-        name: `stock`; `torch` for turnout's plain PyTorch back end, where stock has no memory.
+        name: `stock`; `torch` for turnout's plain PyTorch back end, where stock does not run.
     """
 
     reference: Sample

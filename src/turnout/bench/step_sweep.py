@@ -3,14 +3,16 @@
 Every provider gets a model of its own, built from the same seed and dropped before the next; the
 identity comes first, because the MoE part of the others is counted from it. The reference of the
 gate is one stock step with checkpointing, which computes the same and fits where little does; if
-it does not fit either, a step of turnout's plain PyTorch back end.
+it does not run either, a step of turnout's plain PyTorch back end.
 """
 
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -22,6 +24,7 @@ from turnout.bench.step_records import OUT_OF_MEMORY, Provider, StepRecord, Step
 from turnout.bench.step_run import Measured, Step, make_ids, measure
 from turnout.bench.sweep import version_of
 from turnout.device import device_of
+from turnout.kernel_facts import INSTALLED
 from turnout.specs import BackendName
 
 OnRow = Callable[[StepRow], None]
@@ -72,13 +75,42 @@ def sweep(
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, str]:
-    """The result, or why there is none. Errors other than torch's end the run."""
+    """The result, or why there is none. What a user does (an interrupt) ends the run."""
     try:
         return work(), ""
-    except torch.OutOfMemoryError:
-        return None, OUT_OF_MEMORY
-    except RuntimeError as error:  # also what this package and transformers can not do
-        return None, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    except _failures() as error:
+        return None, _note(error)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What the libraries under test may raise; one that fails must not take the others with it."""
+    found: tuple[type[Exception], ...] = (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,  # also torch's out of memory, and what is `Unsupported`
+        TypeError,
+        ValueError,
+    )
+    if INSTALLED:
+        from triton.errors import TritonError
+
+        found = (*found, TritonError)
+    return found
+
+
+def _note(error: Exception) -> str:
+    """Why there is no row: memory, or the error and the line that raised it."""
+    text = " ".join(str(error).split())
+    lacks = "out of memory" in text or "ALLOC_FAILED" in text  # of the driver, Triton, cuBLAS
+    if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and lacks):
+        return OUT_OF_MEMORY
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(last.filename).name}:{last.lineno}"
+    return f"failed: {type(error).__name__}: {text[:200]} ({where})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +127,7 @@ class _Shape:
         gate, missing = None, ""
         if set(self.setting.providers) != {"identity"}:
             gate, missing = self.attempt(lambda: self.reference("stock"))
-            if missing == OUT_OF_MEMORY:
+            if gate is None:
                 gate, missing = self.attempt(lambda: self.reference("torch"))
         for checkpointing in self.setting.checkpointing:
             identity: float | None = None
