@@ -3,74 +3,31 @@
 import dataclasses
 import json
 import math
-import sys
 
 import pytest
 import torch
+from step_cases import ALL, CPU, SMALL, judged, narrow, row, setting, turnout
 from torch import nn
 from triton.errors import TritonError
 
-from turnout import cli
 from turnout.bench import step_fit, step_sweep
 from turnout.bench.step_gate import Gate, Sample
 from turnout.bench.step_loss import next_token_loss
 from turnout.bench.step_models import NAMES, Identity, attention_of, build, step_model
-from turnout.bench.step_musts import musts
 from turnout.bench.step_plot import plot
-from turnout.bench.step_records import COLUMNS, StepRecord, StepRow, latest, read
+from turnout.bench.step_records import COLUMNS, StepRecord, latest, read
 from turnout.bench.step_run import Step, make_ids
-from turnout.bench.step_sweep import StepSetting, sweep
+from turnout.bench.step_sweep import sweep
 from turnout.integrations.architectures import expert_modules
 from turnout.shapes import shape_named
 
-CPU = torch.device("cpu")
-ALL = ("identity", "stock", "eager", "turnout", "turnout-fused")
 GIB = 2**30
-
-
-def setting(**values):
-    base = {
-        "device": CPU,
-        "commit": "abc",
-        "providers": ALL,
-        "tokens": 32,
-        "sequence": 16,
-        "checkpointing": ("off",),
-        "repeats": 1,
-    }
-    return StepSetting(**base | values)
 
 
 def rows_of(**values):
     record = StepRecord(None)
     sweep([step_model("tiny")], setting(**values), record, lambda row: None)
     return record.rows
-
-
-def row(**values):
-    base = {
-        "commit": "abc",
-        "device": "NVIDIA H100 80GB HBM3",
-        "torch": "2.11.0",
-        "triton": "3.6.0",
-        "transformers": "5.17.0",
-        "peft": "0.21.2",
-        "shape": "qwen3-30b",
-        "layers": 6,
-        "tokens": 8192,
-        "sequence": 4096,
-        "checkpointing": "off",
-        "provider": "turnout",
-        "step_ms": 90.0,
-        "moe_ms": 20.0,
-        "tokens_per_s": 91022.2,
-        "peak_mb": 10000.0,
-        "first_s": 9.0,
-        "loss": 12.1,
-        "gate": "stock",
-        "grad_err": 0.05,
-    }
-    return StepRow(**base | values)
 
 
 @pytest.fixture(scope="module")
@@ -129,46 +86,6 @@ def test_identity_has_no_experts_and_the_same_weights():
         assert torch.equal(parameter, there[name]), name
     assert any("experts" in name for name in stock.adapters)
     assert all(bool(p.any()) for p in stock.adapters.values())  # B is not zero
-
-
-# Widths of the real configurations that a CPU can run; what is not here stays as it is there.
-NARROW = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 48,
-    "shared_expert_intermediate_size": 48,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_experts": 16,
-    "num_local_experts": 16,
-    "n_routed_experts": 16,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_num_key_heads": 4,
-    "linear_num_value_heads": 8,
-    "sliding_window": 8,
-    "eos_token_id": 1,
-}
-
-
-def narrow(name):
-    """The real configuration with small widths, and the fewest layers with all its kinds."""
-    real = step_model(name)
-    config = real.config(1)
-    sizes = {key: value for key, value in NARROW.items() if getattr(config, key, None) is not None}
-    if real.model_type == "deepseek_v3":
-        del sizes["head_dim"]  # it follows from the rotary part
-        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-    layers = {"qwen3.5-35b": 4, "gptoss-20b": 2}.get(name, 1)
-    sizes = {**real.sizes, **sizes, "initializer_range": 0.1}
-    return dataclasses.replace(real, sizes=sizes, layers=layers)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -457,10 +374,6 @@ def test_repeated_rows_count_once_and_the_last_one():
     assert latest([old, other, new]) == [new, other]
 
 
-def judged(rows):
-    return {must.name: must for must in musts(rows)}
-
-
 def standard(**ours):
     stock = {"provider": "stock", "step_ms": 170.0, "moe_ms": 96.0, "tokens_per_s": 48000.0}
     return [row(**{"moe_ms": 20.0, **ours}), row(**stock, peak_mb=20600.0)]
@@ -530,16 +443,6 @@ def test_plot(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
     with pytest.raises(ValueError, match="none of the 1 rows"):
         plot(tmp_path / "b.png", [row(moe_ms=None)])
-
-
-def turnout(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["turnout", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return end.value.code
-
-
-SMALL = ("--device", "cpu", "--tokens", 32, "--sequence", 16, "--repeats", 1)
 
 
 def test_command_writes_csv_json_and_picture_and_judges_them_again(monkeypatch, capsys, tmp_path):

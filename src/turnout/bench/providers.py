@@ -82,7 +82,7 @@ def _here(device: torch.device) -> str | None:
     return None
 
 
-def _load(module: str, ops: str | None = None) -> Any:
+def load(module: str, ops: str | None = None) -> Any:
     """The module; what it registers as `scattermoe::` operators goes to the namespace `ops`.
 
     scattermoe and axolotl's copy of it register the same names, and the last to come would answer
@@ -99,7 +99,7 @@ def _load(module: str, ops: str | None = None) -> Any:
         return import_module(module)
 
 
-def _needs(
+def needs(
     module: str, *, gpu: bool = True, ops: str | None = None
 ) -> Callable[[torch.device], str | None]:
     """`missing` of a provider that imports `module`."""
@@ -111,7 +111,7 @@ def _needs(
         if gpu and device.type != "cuda":
             return "needs a GPU"
         try:
-            _load(module, ops)
+            load(module, ops)
         except (ImportError, AttributeError, OSError, RuntimeError) as error:
             # a package built for other versions of torch or Triton fails in any of these ways
             return f"{module} does not import: {error}"
@@ -261,7 +261,7 @@ def _hugging_face(function: str) -> Callable[[Work, Mode, Options], Run]:
     return prepare
 
 
-_TRANSFORMERS = _needs("transformers", gpu=False)
+_TRANSFORMERS = needs("transformers", gpu=False)
 provider("grouped_mm", ("fwd", "full", "lora16"), _TRANSFORMERS)(
     _hugging_face("grouped_mm_experts_forward")
 )
@@ -349,9 +349,9 @@ def _scatter(work: Work, base: Any, linear: Any, linear_lora: Any) -> Run:
 _SCATTERMOE = "scattermoe.parallel_experts"
 
 
-@provider("scattermoe", ("fwd", "full"), _needs(_SCATTERMOE, ops="peer_scattermoe"), waits=True)
+@provider("scattermoe", ("fwd", "full"), needs(_SCATTERMOE, ops="peer_scattermoe"), waits=True)
 def _scattermoe(work: Work, mode: Mode, options: Options) -> Run:
-    base = _load(_SCATTERMOE, "peer_scattermoe")
+    base = load(_SCATTERMOE, "peer_scattermoe")
     return _scatter(work, base, base.parallel_linear, None)
 
 
@@ -361,16 +361,16 @@ _AXOLOTL = "axolotl.integrations.kernels.libs.scattermoe_lora"
 @provider(
     "axolotl",
     ("fwd", "full", "lora16"),
-    _needs(f"{_AXOLOTL}.parallel_linear_lora", ops="peer_axolotl"),
+    needs(f"{_AXOLOTL}.parallel_linear_lora", ops="peer_axolotl"),
     waits=True,
 )
 def _axolotl(work: Work, mode: Mode, options: Options) -> Run:
-    base = _load(f"{_AXOLOTL}.parallel_experts", "peer_axolotl")
-    lora = _load(f"{_AXOLOTL}.parallel_linear_lora", "peer_axolotl")
+    base = load(f"{_AXOLOTL}.parallel_experts", "peer_axolotl")
+    lora = load(f"{_AXOLOTL}.parallel_linear_lora", "peer_axolotl")
     return _scatter(work, base, base.parallel_linear, lora.parallel_linear_lora)
 
 
-@provider("sonicmoe", ("fwd", "full", "lora16"), _needs("sonicmoe.functional"), interleaved=True)
+@provider("sonicmoe", ("fwd", "full", "lora16"), needs("sonicmoe.functional"), interleaved=True)
 def _sonicmoe(work: Work, mode: Mode, options: Options) -> Run:
     """Release of December 2025; `histc` in the place of its count kernel, which needs nvcc."""
     sonic = import_module("sonicmoe.functional")
@@ -415,7 +415,7 @@ def _sonicmoe(work: Work, mode: Mode, options: Options) -> Run:
     return run
 
 
-@provider("liger", ("fwd", "full", "lora16"), _needs("liger_kernel.ops.fused_moe"), waits=True)
+@provider("liger", ("fwd", "full", "lora16"), needs("liger_kernel.ops.fused_moe"), waits=True)
 def _liger(work: Work, mode: Mode, options: Options) -> Run:
     """Computes both weight gradients in every backward pass; `lora16` needs them anyway."""
     function = import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction

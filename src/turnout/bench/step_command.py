@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich import box
@@ -11,13 +11,14 @@ from rich.table import Table
 
 from turnout.bench.musts import show
 from turnout.bench.step_musts import musts
+from turnout.bench.step_peers import missing
 from turnout.bench.step_plan import StepConfig, check_files, planned
 from turnout.bench.step_records import StepRecord, StepRow, read
 from turnout.bench.step_sweep import line, sweep
 
 
 def main(config: StepConfig) -> dict[str, Any]:
-    """Measure, print, append to the CSV, judge, draw; the rows and the demands.
+    """Measure, print, append to the CSV, judge, draw; the rows, the demands, and who did not run.
 
     With `judge` nothing runs: demands and picture are of the rows of `commit` in the CSV.
 
@@ -26,10 +27,14 @@ def main(config: StepConfig) -> dict[str, Any]:
     """
     check_files(config)
     console, progress = Console(), Console(stderr=True)
-    if config.judge:
-        rows = []
-    else:
+    rows: list[StepRow] = []
+    skipped: dict[str, str] = {}
+    if not config.judge:
         shapes, setting = planned(config)
+        skipped = missing(setting.providers, setting.device)
+        setting = replace(
+            setting, providers=tuple(name for name in setting.providers if name not in skipped)
+        )
         record = StepRecord(config.csv)
 
         def on_row(row: StepRow) -> None:
@@ -38,6 +43,8 @@ def main(config: StepConfig) -> dict[str, Any]:
         sweep(shapes, setting, record, on_row)
         rows = record.rows
         console.print(table(rows))
+        for name, reason in skipped.items():
+            console.print(f"{name} did not run: {reason}", soft_wrap=True, highlight=False)
     judged = rows
     if config.csv is not None:
         judged = [row for row in read(config.csv) if row.commit == config.label]
@@ -51,6 +58,7 @@ def main(config: StepConfig) -> dict[str, Any]:
     return {
         "rows": [asdict(row) for row in (judged if config.judge else rows)],
         "failed": sum(row.failed for row in rows),
+        "missing": skipped,
         "demands": [{**asdict(must), "passed": must.passed} for must in demands],
     }
 

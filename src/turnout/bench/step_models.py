@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from turnout import lora_targets, patch
+from turnout.bench.step_peers import PEERS
 from turnout.bench.step_records import Provider
 from turnout.integrations.architectures import expert_modules
 from turnout.specs import BackendName, RouterChoice, check_choice
@@ -198,6 +199,9 @@ def build(
         checkpointing: recompute each layer in the backward pass.
         attention: transformers' `attn_implementation`; `auto` as `attention_of` says.
         backend: turnout's.
+
+    Raises:
+        Unsupported: a peer does not have such experts.
     """
     check_choice("provider", provider, Provider)
     config = shape.config(layers)
@@ -205,12 +209,17 @@ def build(
     model = _random(config, device, attention_of(shape, device, attention))
     if provider == "identity":
         skip_experts(model, pair=shape.pair)
+    peer = PEERS.get(provider)
+    if peer is not None:
+        peer.before(model)
     report = None
     if provider in _ROUTERS:
         report = patch(model, router=_ROUTERS[provider], backend=backend)
     experts = [] if provider == "identity" else lora_targets(model)
     adapted = get_peft_model(model, _lora(shape, experts))
     draw_adapters(adapted)
+    if peer is not None:
+        peer.after(adapted)
     if report is not None:
         report.require("fused")
     if checkpointing:

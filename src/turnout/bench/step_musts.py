@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from turnout.bench import step_records
 from turnout.bench.musts import Must
 from turnout.bench.step_records import StepRow, latest
 
@@ -35,7 +36,7 @@ def musts(rows: Iterable[StepRow]) -> list[Must]:
         found.append(_moe(_pair(table, case), case, OTHER_MOE))
     if any(row.tokens == LONG and row.checkpointing == "off" for row in table):
         found.append(_long(table))
-    red = [row for row in table if row.provider.startswith(OURS) and row.failed]
+    red = [row for row in table if row.provider in step_records.OURS and row.failed]
     names = ", ".join(f"{row.provider} {_words(row.case)}" for row in red)
     return [*found, Must("red gates and failures of ours", float(len(red)), 0.0, False, names)]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from turnout.bench.step_records import StepRow, latest
+from turnout.bench.step_records import OURS, PEERS, StepRow, latest
 
 REST, PARTS = "#c8c8c8", {"turnout": "#d62728", "turnout-fused": "#a01c1d"}
 OTHERS = "#4f81bd"
-ORDER = ("eager", "stock", "turnout", "turnout-fused")
+ORDER = ("eager", "stock", *PEERS, *OURS)
 CLIP = 1.6  # a bar longer than this many of stock's is cut, with its number beside it
 
 

@@ -13,9 +13,14 @@ from typing import Literal
 
 from turnout.bench.table import File, Table
 
-Provider = Literal["identity", "stock", "eager", "turnout", "turnout-fused"]
+Provider = Literal[
+    "identity", "stock", "eager", "axolotl", "liger", "turnout-sonic", "turnout", "turnout-fused"
+]
+OURS = ("turnout", "turnout-fused")
+PEERS = ("axolotl", "liger", "turnout-sonic")
 Switch = Literal["off", "on"]
 OUT_OF_MEMORY = "out of memory"
+DOES_NOT_RUN = "does not run"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +75,9 @@ class StepRow:
 
     @property
     def failed(self) -> bool:
-        """No time, and not for want of memory: a red gate or an error."""
-        return bool(self.note) and not self.out_of_memory
+        """No time, and not for want of memory or of a peer's support: a red gate or an error."""
+        is_without = self.provider in PEERS and self.note.startswith(DOES_NOT_RUN)
+        return bool(self.note) and not self.out_of_memory and not is_without
 
 
 TABLE = Table(

@@ -20,12 +20,19 @@ import torch
 from turnout.bench.step_fit import layers_that_fit
 from turnout.bench.step_gate import Gate
 from turnout.bench.step_models import StepModel, build
-from turnout.bench.step_records import OUT_OF_MEMORY, Provider, StepRecord, StepRow, Switch
+from turnout.bench.step_records import (
+    DOES_NOT_RUN,
+    OUT_OF_MEMORY,
+    Provider,
+    StepRecord,
+    StepRow,
+    Switch,
+)
 from turnout.bench.step_run import Measured, Step, make_ids, measure
 from turnout.bench.sweep import version_of
 from turnout.device import device_of
 from turnout.kernel_facts import INSTALLED
-from turnout.specs import BackendName
+from turnout.specs import BackendName, Unsupported
 
 OnRow = Callable[[StepRow], None]
 T = TypeVar("T")
@@ -91,7 +98,7 @@ def _failures() -> tuple[type[Exception], ...]:
         ImportError,
         LookupError,
         OSError,
-        RuntimeError,  # also torch's out of memory, and what is `Unsupported`
+        RuntimeError,  # also torch's out of memory, and `Unsupported`
         TypeError,
         ValueError,
     )
@@ -108,6 +115,8 @@ def _note(error: Exception) -> str:
     lacks = "out of memory" in text or "ALLOC_FAILED" in text  # of the driver, Triton, cuBLAS
     if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and lacks):
         return OUT_OF_MEMORY
+    if isinstance(error, Unsupported):
+        return f"{DOES_NOT_RUN}: {text[:200]}"
     last = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(last.filename).name}:{last.lineno}"
     return f"failed: {type(error).__name__}: {text[:200]} ({where})"
