@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from turnout import measure
-from turnout.measure import seconds
+from turnout.measure import host_seconds, seconds
 
 CPU = torch.device("cpu")
 
@@ -77,3 +77,24 @@ def test_a_gpu_that_is_not_there_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="sees no GPU"):
         seconds(lambda: None, device=torch.device("cuda"), warmup=0, repeats=1)
+
+
+def test_the_host_waits_on_the_clock(clock, monkeypatch):
+    """The GPU is waited for between calls, after few enough of them."""
+    waits = []
+
+    def wait(device):
+        waits.append(len(clock))
+        clock.append(1000.0)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    gpu = torch.device("cuda")
+    timing = host_seconds(lambda: clock.append(2.0), device=gpu, warmup=3, repeats=20)
+    assert (timing.low, timing.high, timing.repeats) == (pytest.approx(2.0), pytest.approx(2.0), 20)
+    assert len(waits) == 3
+    assert len(clock) == 1 + 3 + 20 + 3
+
+
+def test_counts_of_the_host_clock_are_checked():
+    with pytest.raises(ValueError, match="repeats is 0"):
+        host_seconds(lambda: None, device=CPU, warmup=0, repeats=0)
