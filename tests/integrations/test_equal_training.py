@@ -60,18 +60,29 @@ def test_the_rows_of_a_batch_keep_their_order() -> None:
         assert torch.equal(got.sort(0).values, batch)
 
 
-def test_an_adapter_that_changed_is_taken_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fresh() -> Any:
-        return bench.base_model(SIZE, 100, torch.float32)
+def test_stock_runs_are_judged_by_themselves() -> None:
+    stock = [[1.0, 1.0], [1.0, 1.2], [1.0, 2.0]]
+    # the second: 0.3 from the mean of the others, which are 0.5 from it; the third: 0.9 and 0.1
+    assert bench.by_the_others(stock) == pytest.approx((0.3 / 0.5, 0.9 / 0.1))
 
-    model = bench.adapted(fresh())
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_that_changed_is_taken_for_the_same(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    def fresh() -> Any:
+        return bench.base_model(SIZE, 100, dtype).float()
+
+    model = bench.adapted(bench.base_model(SIZE, 100, dtype))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     batch = torch.arange(40).view(2, 20)
-    (same,) = bench.exchange({"stock": model}, fresh, batch)
+    ours, same = bench.exchange({bench.OURS: model, "stock": model}, fresh, batch)
+    assert ours.got == same.got
     assert same.got is not None
-    assert same.got < 1e-5
+    assert 0 < same.got < 1e-5
+    assert same.note == "the same tensors"
     load = bench.PeftModel.from_pretrained
 
     def without_b(*args: Any) -> Any:
@@ -84,6 +95,35 @@ def test_an_adapter_that_changed_is_taken_for_the_same(monkeypatch: pytest.Monke
     monkeypatch.setattr(bench.PeftModel, "from_pretrained", without_b)
     (changed,) = bench.exchange({"stock": model}, fresh, batch)
     assert not changed.passed
+    assert "lora_B" in changed.note
+
+
+def test_other_code_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter that is loaded and not applied."""
+
+    def fresh() -> Any:
+        return bench.base_model(SIZE, 100, torch.float32)
+
+    load = bench.PeftModel.from_pretrained
+
+    def unscaled(base: Any, *args: Any) -> Any:
+        loaded = load(base, *args)
+        if base is patched[-1]:
+            for module in loaded.modules():
+                if isinstance(getattr(module, "scaling", None), dict):
+                    module.scaling = dict.fromkeys(module.scaling, 0.0)
+        return loaded
+
+    model = bench.adapted(fresh())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    patched: list[Any] = [None]
+    monkeypatch.setattr(bench.turnout, "patch", patched.append)
+    monkeypatch.setattr(bench.PeftModel, "from_pretrained", unscaled)
+    (changed,) = bench.exchange({"stock": model}, fresh, torch.arange(40).view(2, 20))
+    assert not changed.passed
+    assert changed.note == "the same tensors"
 
 
 def test_six_runs_are_recorded(
@@ -101,5 +141,5 @@ def test_six_runs_are_recorded(
     first = [float(row["loss"]) for row in rows[:18] if row["step"] == "0"]
     assert max(first) - min(first) < 1e-4, "the runs do not begin with the same weights"
     text = capsys.readouterr().out
-    assert "adapter of turnout in stock" in text
+    assert "adapter of turnout in both codes" in text
     assert "grad_norm: ours / largest of 5 stock" in text
