@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -62,7 +63,8 @@ def _bars(axes: Any, rows: list[StepRow]) -> None:
     for place, name in enumerate(names):
         row = by_name[name]
         if row.step_ms is None or row.moe_ms is None:
-            axes.text(0.0, place, f" {row.note or 'no identity step'}", va="center", fontsize=8)
+            reason = shorten(row.note or "no identity step", 90, placeholder=" ...")
+            axes.text(0.0, place, f" {reason}", va="center", fontsize=8)
             continue
         rest = row.step_ms - row.moe_ms
         axes.barh(place, rest, color=REST)
@@ -73,5 +75,5 @@ def _bars(axes: Any, rows: list[StepRow]) -> None:
         axes.text(at, place, text, va="center", fontsize=8, color=colour)
     axes.set_xlim(0, end)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.spines[["top", "right"]].set_visible(False)
