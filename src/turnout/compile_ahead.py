@@ -29,9 +29,9 @@ from turnout.compile_worker import DONE, Shared, Source
 from turnout.launch import Launch, ValueNeeded, noting
 
 MOST_WORKERS = 8
-WORKERS_PAY = 3  # kernels that are left; a worker takes seconds to start
+WORKERS_PAY = 3  # kernels that are left; starting a worker takes as long as compiling one
 CACHED_S = 0.2  # a kernel that took longer was not in Triton's cache
-PATIENCE_S = 120.0  # for a worker
+PATIENCE_S = 120.0  # for all of them
 
 Wanted = tuple[Launch, tuple[torch.dtype | None, ...]]
 
@@ -129,17 +129,19 @@ def share(sources: Sequence[Source], num_workers: int) -> int:
             return done
 
     num_workers = min(num_workers, len(left))
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        workers: list[subprocess.Popen[bytes]] = []
-        try:
-            workers += [_start() for _ in range(num_workers)]
-            feeding = [pool.submit(feed, worker) for worker in workers]
-            wait(feeding, timeout=PATIENCE_S)
-        finally:
-            for worker in workers:
-                worker.kill()
-    for worker in workers:
-        worker.communicate()
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        with ThreadPoolExecutor(max(1, num_workers)) as pool:
+            try:
+                workers += (_start() for _ in range(num_workers))
+                feeding = [pool.submit(feed, worker) for worker in workers]
+                wait(feeding, timeout=PATIENCE_S)
+            finally:
+                for worker in workers:
+                    worker.kill()  # whoever waits for its answer reads its end
+    finally:
+        for worker in workers:
+            worker.communicate()
     return sum(one.result() for one in feeding)
 
 

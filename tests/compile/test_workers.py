@@ -96,3 +96,22 @@ def test_a_worker_waits_for_torch(step: Any, own_cache: Path) -> None:
     given = pickle.dumps(shared) + pickle.dumps(source)
     answer = subprocess.run(worker, input=given, capture_output=True, check=True).stdout
     assert answer in (DONE, FAILED)  # no launcher without CUDA's library
+
+
+def test_a_worker_that_can_not_start_leaves_others_behind(
+    step: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, sources, _ = step
+    started: list[subprocess.Popen[bytes]] = []
+    start = compile_ahead._start
+
+    def one_only() -> subprocess.Popen[bytes]:
+        if started:
+            raise OSError("no more processes")
+        started.append(start())
+        return started[0]
+
+    monkeypatch.setattr(compile_ahead, "_start", one_only)
+    with pytest.raises(OSError, match="no more processes"):
+        compile_ahead.share(sources, 2)
+    assert started[0].returncode is not None
