@@ -3,8 +3,8 @@
 Triton compiles a kernel at its first launch, and then, with the machine's C compiler, the function
 that starts it; the first step of a layer does both some twenty times. But the host code of a pass
 reads no value of a tensor: it can run once with its launches noted instead of started. So all that
-a step needs is known at once, and where the first kernel was not in Triton's cache, worker
-processes (`compile_worker.py`) put the others there. Processes, not threads: with Triton's
+a step needs is known at once, and what is not in Triton's cache is put there by worker processes
+(`compile_worker.py`). Processes, not threads: with Triton's
 `AsyncCompileMode` and many threads, a run of the GPU tests ended in an illegal memory access, and
 the same run without it did not.
 """
@@ -20,17 +20,15 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
 
-from turnout.compile_worker import DONE, Shared, Source
+from turnout.compile_worker import DONE, Shared, Source, in_cache
 from turnout.launch import Launch, ValueNeeded, noting
 
 MOST_WORKERS = 8
-WORKERS_PAY = 3  # kernels that are left; starting a worker takes as long as compiling one
-CACHED_S = 0.2  # a kernel that took longer was not in Triton's cache
+WORKERS_PAY = 3  # kernels; starting a worker takes as long as compiling one
 PATIENCE_S = 120.0  # for all of them
 
 Wanted = tuple[Launch, tuple[torch.dtype | None, ...]]
@@ -84,16 +82,13 @@ def _compile(wanted: Sequence[Wanted], num_workers: int) -> None:
     from triton.runtime.errors import TritonError
 
     try:
-        for index, (launch, dtypes) in enumerate(wanted):
-            start = perf_counter()
+        if num_workers:
+            found = [source_of(*one) for one in wanted]
+            missing = [source for source in found if source and not in_cache(source)]
+            if len(missing) >= WORKERS_PAY:
+                share(missing, num_workers)
+        for launch, dtypes in wanted:
             launch.compile(dtypes)
-            # the first kernel of a process waits for Triton's own preparations
-            is_slow = index > 0 and perf_counter() - start > CACHED_S
-            left = wanted[index + 1 :]
-            if is_slow and num_workers and len(left) >= WORKERS_PAY:
-                found = [source_of(*one) for one in left]
-                share([source for source in found if source], num_workers)
-                num_workers = 0
     except (TritonError, RuntimeError, OSError):
         return
 

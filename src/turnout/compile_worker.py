@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+from hashlib import sha256
 from importlib import import_module
 from typing import Any, BinaryIO, NamedTuple
 
@@ -64,6 +65,36 @@ class Source(NamedTuple):
 def compile_source(source: Source) -> tuple[Any, Any]:
     """Triton's source and compiled kernel, now in its cache."""
     import triton
+
+    made, target = _made(source)
+    return made, triton.compile(made, target=target, options=source.options)
+
+
+def in_cache(source: Source) -> bool:
+    """Triton's cache on disk has the kernel, or where it would be is not known.
+
+    Asks as `triton.compile` of 3.6 does before it compiles.
+    """
+    try:
+        from triton import knobs
+        from triton._C.libtriton import get_cache_invalidating_env_vars
+        from triton.compiler import make_backend
+        from triton.runtime.cache import get_cache_key, get_cache_manager
+
+        if knobs.compilation.always_compile:
+            return True  # who else compiles it is of no use
+        made, target = _made(source)
+        backend = make_backend(target)
+        options = backend.parse_options({**source.options, **made.parse_options()})
+        key = get_cache_key(made, backend, options, env_vars=get_cache_invalidating_env_vars())
+        folder = get_cache_manager(sha256(key.encode()).hexdigest())
+        return folder.get_group(f"{made.name[:150]}.json") is not None
+    except (ImportError, AttributeError, TypeError):  # another Triton
+        return True
+
+
+def _made(source: Source) -> tuple[Any, Any]:
+    """Triton's own source, and its target."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -74,8 +105,7 @@ def compile_source(source: Source) -> tuple[Any, Any]:
 
         kind = GluonASTSource
     made = kind(kernel, source.signature, source.constants, source.attributes)
-    target = GPUTarget(*source.target)
-    return made, triton.compile(made, target=target, options=source.options)
+    return made, GPUTarget(*source.target)
 
 
 def _build_launcher(made: Any, kernel: Any) -> None:

@@ -17,7 +17,7 @@ from recording import chip, recording
 
 from problems import random_problem, run
 from turnout import compile_ahead
-from turnout.compile_worker import DONE, FAILED, Shared, compile_source
+from turnout.compile_worker import DONE, FAILED, Shared, compile_source, in_cache
 from turnout.launch import noting
 
 
@@ -64,12 +64,23 @@ def test_what_workers_compile_is_compiled_again(step: Any, own_cache: Path) -> N
     small = next(s for s in sources if s.name == "combine_kernel")
     chosen = [small, next(s for s in sources if "tensordesc" in str(s.signature))]
     wrong = small._replace(constants={})
+    assert [in_cache(source) for source in chosen] == [False, False]
     compile_ahead.share([wrong, *chosen, wrong], 2)
+    assert [in_cache(source) for source in chosen] == [True, True]
     hits: list[bool] = []
     triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
     for source in chosen:
         compile_source(source)
     assert hits == [True, True]
+
+
+def test_a_cache_of_another_triton_stops_the_step(
+    step: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then no worker is started, as it may be for nothing."""
+    _, sources, _ = step
+    monkeypatch.delattr("triton.runtime.cache.get_cache_key")
+    assert in_cache(sources[0])
 
 
 def test_a_worker_that_dies_stops_the_step(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
@@ -117,22 +116,25 @@ def test_a_kernel_that_does_not_compile_fails_before_it_is_needed() -> None:
     assert tried
 
 
-@pytest.mark.parametrize("seconds", [0.0, 2 * module.CACHED_S])
-def test_workers_start_for_kernels_in_the_cache_or_not_for_others(
-    seconds: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("cached", [3, 4])
+def test_workers_start_for_kernels_in_the_cache_or_for_too_few_others(
+    cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
     given: list[Any] = []
+    compiled: list[Any] = []
 
     class Compiles(Kernel):
         def run(self, *args: Any, **options: Any) -> None:
-            time.sleep(seconds)
+            compiled.append(self)
 
-    monkeypatch.setattr(module, "source_of", lambda launch, dtypes: launch)
-    monkeypatch.setattr(module, "share", lambda sources, workers: given.append(sources))
     launches = [launch_of(Compiles()) for _ in range(6)]
+    monkeypatch.setattr(module, "source_of", lambda launch, dtypes: launch)
+    monkeypatch.setattr(module, "in_cache", lambda launch: launch in launches[:cached])
+    monkeypatch.setattr(module, "share", lambda sources, workers: given.append(sources))
     module._compile([(launch, ()) for launch in launches], 4)
-    assert given == ([launches[2:]] if seconds else [])
+    assert given == ([launches[3:]] if cached == 3 else [])
+    assert compiled == [launch.kernel for launch in launches]
 
 
 def test_a_worker_stops_at_a_launcher_that_can_not_be_loaded(
