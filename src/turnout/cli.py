@@ -181,6 +181,9 @@ def bench(
     sequence: Annotated[
         int | None, typer.Option(help="With --step: tokens of a packed sequence; else 4096.")
     ] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="With --step: words; else cut with the layers.")
+    ] = None,
     checkpointing: Annotated[
         list[str] | None, typer.Option(help="With --step: off, on; else both.")
     ] = None,

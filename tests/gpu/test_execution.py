@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from cuda_cases import BASE, DEVICE, make, on_side_stream, step_of, waits_are_errors
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -242,7 +243,7 @@ def test_a_kernel_is_compiled_when_it_is_launched(
     """The first step of a layer compiles all of its kernels before it launches one, most of them in
     other processes."""
     problem = make("T1000-E4")
-    knobs = sys.modules["triton"].knobs.runtime
+    knobs = triton.knobs.runtime
     compiled: list[bool] = []
     shared: list[tuple[int, int]] = []
     share = compile_ahead.share
@@ -262,7 +263,7 @@ def test_a_kernel_is_compiled_when_it_is_launched(
     compile_ahead._met.clear()
     replay.forget()
     monkeypatch.setattr(knobs, "jit_post_compile_hook", note)
-    monkeypatch.setattr(sys.modules["triton"].knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(compile_ahead, "_num_workers", lambda: 4)
     monkeypatch.setattr(compile_ahead, "share", note_share)
     got = run(problem, problem.trained_by_lora if trained == "LoRA" else None)

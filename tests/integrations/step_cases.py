@@ -39,6 +39,7 @@ def row(**values):
         "peft": "0.21.2",
         "shape": "qwen3-30b",
         "layers": 6,
+        "vocabulary": 19072,
         "tokens": 8192,
         "sequence": 4096,
         "checkpointing": "off",

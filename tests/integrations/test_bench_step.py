@@ -10,7 +10,7 @@ from step_cases import ALL, CPU, SMALL, judged, narrow, row, setting, turnout
 from torch import nn
 from triton.errors import TritonError
 
-from turnout.bench import step_fit, step_sweep
+from turnout.bench import step_fit, step_models, step_sweep
 from turnout.bench.step_gate import Gate, Sample
 from turnout.bench.step_loss import next_token_loss
 from turnout.bench.step_models import NAMES, Identity, attention_of, build, step_model
@@ -126,6 +126,18 @@ def test_sizes_are_those_of_the_checkpoints(name, billions):
         assert counted.top_k == shape.top_k
         of_experts = 16 * shape.experts * (2 * shape.hidden + 3 * shape.intermediate)
         assert of_experts < counted.adapters < 1.1 * of_experts
+
+
+def test_the_head_of_six_layers_weighs_in_a_step_what_the_whole_models_weighs():
+    model = step_model("qwen3-30b")
+    assert model.config(48).vocab_size == 151936
+    assert model.config(6).vocab_size == 19072  # 18992 is no multiple of 128
+    assert dataclasses.replace(model, words=151936).config(6).vocab_size == 151936
+    for name in NAMES:
+        built = step_models.on_meta(step_model(name), 4)
+        words = built.config.vocab_size
+        assert built.get_input_embeddings().weight.shape[0] == words
+        assert built.get_output_embeddings().weight.shape[0] == words
 
 
 def test_layers_are_chosen_by_what_a_stock_step_needs():

@@ -32,13 +32,15 @@ _FEW, _MORE = 4, 8  # a multiple of every pattern of layers that a configuration
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Count:
-    """Of one layer, but for the last three.
+    """Of one layer, but for the last three fields.
 
     Attributes:
         weights: parameters. experts: those of the routed experts. adapters: those of LoRA.
         per_row, per_token: bytes that the experts keep of a row, and attention of a token.
         hidden, top_k: H and K.
-        outside: parameters that are in no layer. vocabulary: words. stack: largest expert stack.
+        words: by which the vocabulary grows, which is cut with the layers.
+        outside, words_outside: parameters and words that no layer adds.
+        stack: parameters of the largest expert stack.
     """
 
     weights: float
@@ -48,8 +50,9 @@ class Count:
     per_token: float
     hidden: int
     top_k: int
+    words: float
     outside: float
-    vocabulary: int
+    words_outside: float
     stack: int
 
 
@@ -68,7 +71,8 @@ def count(shape: StepModel) -> Count:
         hidden=hidden,
         top_k=config.num_experts_per_tok,
         outside=few["weights"] - _FEW * layer["weights"],
-        vocabulary=config.vocab_size,
+        words_outside=few["words"] - _FEW * layer["words"],
+        words=layer["words"],
         stack=int(layer["stack"]),
     )
 
@@ -78,7 +82,8 @@ def needed(counted: Count, layers: int, tokens: int, *, checkpointing: bool) -> 
     c = counted
     kept = 2 * c.experts + tokens * (c.top_k * c.per_row + c.per_token)
     always = 2 * c.weights + 16 * c.adapters
-    once = max(16 * CHUNK * c.vocabulary, 8 * c.stack) + 2 * c.outside
+    words = c.words_outside + layers * c.words
+    once = max(16 * CHUNK * words, 8 * c.stack) + 2 * c.outside
     if checkpointing:
         return once + kept + layers * (always + tokens * 2 * c.hidden)
     return once + layers * (always + kept)
@@ -100,6 +105,7 @@ def _sums(shape: StepModel, layers: int) -> dict[str, float]:
     model = on_meta(shape, layers)
     sums = dict.fromkeys(("experts", "adapters", "gate_up", "features", "stack"), 0.0)
     sums["weights"] = sum(p.numel() for p in model.parameters())
+    sums["words"] = model.config.vocab_size
     for _, experts, _ in expert_modules(model):
         stacks = [p for p in experts.parameters() if p.dim() == 3]
         sums["experts"] += sum(p.numel() for p in stacks)

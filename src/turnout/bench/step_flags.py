@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 ONE_LAYER = ("mode", "routing", "recompute", "backend", "graph")
-WHOLE_STEP = ("layers", "sequence", "checkpointing", "attention", "plot", "judge")
+WHOLE_STEP = ("layers", "sequence", "vocabulary", "checkpointing", "attention", "plot", "judge")
 _DEFAULTS = {"recompute": "none", "backend": "auto", "graph": False, "judge": False}
 
 

@@ -1,9 +1,11 @@
 """The models of `turnout bench --step`: real sizes, random weights, LoRA, and who runs the experts.
 
 Sizes are those of the published configs (the repository is named at each), given to transformers'
-own config classes; what is not written here is the class's default. Three things differ from the
-checkpoints: the number of layers, dense first layers are left out (every layer is an MoE layer),
-and the weights are drawn from a seed. Drawing on one device gives every provider the same ones.
+own config classes; what is not written here is the class's default. Four things differ from the
+checkpoints: the number of layers; the vocabulary, which is cut with them, so that embedding, head
+and loss weigh in a step what they weigh in the whole model's; dense first layers are left out
+(every layer is an MoE layer); and the weights are drawn from a seed. Drawing on one device gives
+every provider the same ones.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ SEED = 0
 # is about a sixth of the weight.
 B_STD = 0.02
 
+WORDS = 128  # a cut vocabulary is a multiple of it
+
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -46,6 +50,7 @@ class StepModel:
         layers: of the checkpoint.
         targets: the linear layers of attention that get adapters.
         pair: the MoE block returns its scores beside its output.
+        words: of embedding and head; None cuts the vocabulary with the layers.
     """
 
     name: str
@@ -54,12 +59,16 @@ class StepModel:
     layers: int
     targets: tuple[str, ...] = _QKVO
     pair: bool = False
+    words: int | None = None
 
     def config(self, layers: int) -> Any:
         """The transformers config with `layers` layers."""
-        return CONFIG_MAPPING[self.model_type](
+        config = CONFIG_MAPPING[self.model_type](
             **self.sizes, num_hidden_layers=layers, use_cache=False
         )
+        share = math.ceil(config.vocab_size * layers / self.layers / WORDS) * WORDS
+        config.vocab_size = min(config.vocab_size, share) if self.words is None else self.words
+        return config
 
 
 _MODELS = (

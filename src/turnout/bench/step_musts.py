@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from turnout.bench import step_records
 from turnout.bench.musts import Must
-from turnout.bench.step_records import StepRow, latest
+from turnout.bench.step_records import StepCase, StepRow, latest
 
 OURS, STOCK = "turnout", "stock"
 SHAPE, LAYERS, TOKENS = "qwen3-30b", 6, 8192
@@ -41,31 +41,29 @@ def musts(rows: Iterable[StepRow]) -> list[Must]:
     return [*found, Must("red gates and failures of ours", float(len(red)), 0.0, False, names)]
 
 
-def _cases(
-    table: list[StepRow], shape: str, layers: int | None, tokens: int
-) -> list[tuple[str, int, int, int, str]]:
+def _cases(table: list[StepRow], shape: str, layers: int | None, tokens: int) -> list[StepCase]:
     """The measured cases of a shape; for each number of layers and length both modes."""
     found = dict.fromkeys(
-        row.case[:4]
+        row.case._replace(checkpointing="")
         for row in table
         if row.shape == shape and row.tokens == tokens and layers in (None, row.layers)
     )
-    return [(*case, mode) for case in found for mode in ("off", "on")]
+    return [case._replace(checkpointing=mode) for case in found for mode in ("off", "on")]
 
 
-def _pair(table: list[StepRow], case: tuple[str, int, int, int, str]) -> _Pair:
+def _pair(table: list[StepRow], case: StepCase) -> _Pair:
     rows = {row.provider: row for row in table if row.case == case}
     return rows.get(OURS), rows.get(STOCK)
 
 
-def _standard(table: list[StepRow], case: tuple[str, int, int, int, str]) -> list[Must]:
+def _standard(table: list[StepRow], case: StepCase) -> list[Must]:
     ours, stock = _pair(table, case)
     found = [_moe((ours, stock), case, MOE)]
     speed = None
     if ours and stock and ours.tokens_per_s and stock.tokens_per_s:
         speed = ours.tokens_per_s / stock.tokens_per_s
     found.append(Must(f"{_words(case)}: tokens/s / stock", speed, SPEED, True))
-    if case[4] == "off":
+    if case.checkpointing == "off":
         peak = None
         if ours and stock and ours.peak_mb is not None and stock.peak_mb:
             peak = ours.peak_mb / stock.peak_mb
@@ -73,7 +71,7 @@ def _standard(table: list[StepRow], case: tuple[str, int, int, int, str]) -> lis
     return found
 
 
-def _moe(pair: _Pair, case: tuple[str, int, int, int, str], limit: float) -> Must:
+def _moe(pair: _Pair, case: StepCase, limit: float) -> Must:
     ours, stock = pair
     got, note = None, ""
     if ours and stock and ours.moe_ms and stock.moe_ms:
@@ -89,11 +87,10 @@ def _long(table: list[StepRow]) -> Must:
     for case in sorted(cases):
         ours, stock = _pair(table, case)
         if ours and ours.step_ms and stock and stock.out_of_memory:
-            won.append(f"{case[0]}, {case[1]} layers")
+            won.append(f"{case.shape}, {case.layers} layers")
     name = f"{LONG} tokens off: runs where stock is out of memory"
     return Must(name, float(len(won)), 1.0, True, "; ".join(won))
 
 
-def _words(case: tuple[str, int, int, int, str]) -> str:
-    shape, layers, tokens, _, mode = case
-    return f"{shape} {layers} layers {tokens} {mode}"
+def _words(case: StepCase) -> str:
+    return f"{case.shape} {case.layers} layers {case.tokens} {case.checkpointing}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -23,6 +23,7 @@ class StepConfig:
     layers: int | None = None
     tokens: int | None = None
     sequence: int | None = None
+    vocabulary: int | None = None
     checkpointing: Sequence[str] | None = None
     attention: str | None = None
     repeats: int = 20
@@ -46,7 +47,8 @@ def planned(config: StepConfig) -> tuple[list[StepModel], StepSetting]:
     """
     device = device_named(config.device)
     default = "qwen3-30b" if device.type == "cuda" else "tiny"
-    shapes = [step_model(name) for name in words(config.shape, default)]
+    named = [step_model(name) for name in words(config.shape, default)]
+    shapes = [replace(shape, words=config.vocabulary) for shape in named]
     providers = words(config.provider, ",".join(get_args(Provider)))
     modes = words(config.checkpointing, ",".join(get_args(Switch)))
     small = [shape.name for shape in shapes] == ["tiny"]
@@ -64,6 +66,8 @@ def planned(config: StepConfig) -> tuple[list[StepModel], StepSetting]:
     for name in ("tokens", "sequence", "repeats"):
         if getattr(setting, name) < 1:
             raise ValueError(f"{name} is {getattr(setting, name)}; expected at least 1")
+    if config.vocabulary is not None and config.vocabulary < 2:
+        raise ValueError(f"vocabulary is {config.vocabulary}; expected at least 2 words")
     if setting.sequence < 2 or setting.tokens % setting.sequence:
         raise ValueError(
             f"tokens is {setting.tokens} and sequence is {setting.sequence}; expected full "

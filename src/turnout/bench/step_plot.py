@@ -34,10 +34,9 @@ def plot(path: Path, rows: Sequence[StepRow]) -> None:
     panels = figure.subplots(len(cases), squeeze=False)[:, 0]
     for axes, case in zip(panels, cases, strict=True):
         _bars(axes, [row for row in latest(rows) if row.case == case])
-        shape, layers, tokens, sequence, checkpointing = case
         axes.set_title(
-            f"{shape}, {layers} layers, {tokens} tokens in sequences of {sequence}, "
-            f"checkpointing {checkpointing}",
+            f"{case.shape}, {case.layers} layers, {case.vocabulary} words, {case.tokens} tokens in "
+            f"sequences of {case.sequence}, checkpointing {case.checkpointing}",
             fontsize=9,
             loc="left",
         )

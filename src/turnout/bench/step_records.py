@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from turnout.bench.table import File, Table
 
@@ -23,11 +23,23 @@ OUT_OF_MEMORY = "out of memory"
 DOES_NOT_RUN = "does not run"
 
 
+class StepCase(NamedTuple):
+    """What all providers were given; see `StepRow`."""
+
+    shape: str
+    layers: int
+    vocabulary: int
+    tokens: int
+    sequence: int
+    checkpointing: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRow:
     """The columns, in their order.
 
     Attributes:
+        vocabulary: words of embedding and head.
         tokens: of a step.
         sequence: tokens of one packed sequence.
         first_s: seconds of the first step, compilation included.
@@ -44,6 +56,7 @@ class StepRow:
     peft: str
     shape: str
     layers: int
+    vocabulary: int
     tokens: int
     sequence: int
     checkpointing: str
@@ -59,12 +72,19 @@ class StepRow:
     note: str = ""
 
     @property
-    def case(self) -> tuple[str, int, int, int, str]:
+    def case(self) -> StepCase:
         """What all providers were given."""
-        return self.shape, self.layers, self.tokens, self.sequence, self.checkpointing
+        return StepCase(
+            self.shape,
+            self.layers,
+            self.vocabulary,
+            self.tokens,
+            self.sequence,
+            self.checkpointing,
+        )
 
     @property
-    def key(self) -> tuple[tuple[str, int, int, int, str], str]:
+    def key(self) -> tuple[StepCase, str]:
         """What was measured: rows with the same key are repetitions."""
         return self.case, self.provider
 

@@ -214,6 +214,7 @@ class _Shape:
             peft=version_of("peft"),
             shape=self.shape.name,
             layers=self.layers,
+            vocabulary=self.shape.config(self.layers).vocab_size,
             tokens=self.setting.tokens,
             sequence=self.setting.sequence,
             checkpointing=checkpointing,
