@@ -1,6 +1,6 @@
 """The Hopper kernels on a Hopper GPU, against the definition and against the portable kernels.
 
-Shapes have more than 96 rows per expert and a hidden size of whole 64s, or the portable kernels
+Shapes have at least 192 rows per expert and a hidden size of whole 64s, or the portable kernels
 would run; `launched` says that they did not.
 """
 

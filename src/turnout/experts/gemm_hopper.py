@@ -76,6 +76,8 @@ def _why_portable(
         return "an expert's rows end below 2^30"
     if ragged.tile_rows != ROWS:
         return "few rows per expert are bound by reading weights"
+    if problem.gathered and 2 * ragged.num_rows < 3 * ROWS * experts:
+        return "the gather of one tile per expert is not hidden behind another's"
     if minor != 1 or major % 8 or e != length * major or experts * length >= 2**31:
         return "TMA reads all experts as one matrix with aligned rows"
     if k % DEPTH and (problem.gathered or not problem.weight_k_major):
