@@ -3,7 +3,7 @@ say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +101,11 @@ class FakeTrial:
         self.failures: tuple[type[Exception], ...] = (RuntimeError,)
         self.wrong, self.raises = wrong or {}, raises or {}
         self.ran: list[Config] = []
+        self.compiled: list[Config] = []
+
+    def compile(self, configs: Sequence[Config]) -> None:
+        assert not self.ran
+        self.compiled += configs
 
     def prepare(self, config: Config) -> Callable[[], Any]:
         def run() -> Config:

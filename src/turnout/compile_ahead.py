@@ -62,7 +62,7 @@ def compile_ahead(key: Hashable, device: torch.device, dry: Callable[[], object]
         return  # then each is compiled when it is launched
     if len(wanted) > 1:
         with torch.cuda.device(device):
-            _compile(list(dict.fromkeys(wanted)), _num_workers())
+            _compile(list(dict.fromkeys(wanted)))
 
 
 def _num_workers() -> int:
@@ -77,16 +77,27 @@ def _num_workers() -> int:
     return min(MOST_WORKERS, share) if share > 1 else 0
 
 
-def _compile(wanted: Sequence[Wanted], num_workers: int) -> None:
+def fill_cache(wanted: Sequence[Wanted]) -> None:
+    """Have workers compile for the current GPU what Triton's cache lacks, where that pays.
+
+    Raises:
+        OSError: no process can be started.
+    """
+    num_workers = _num_workers()
+    if not num_workers:
+        return
+    found = [source_of(*one) for one in wanted]
+    missing = [source for source in found if source and not in_cache(source)]
+    if len(missing) >= WORKERS_PAY:
+        share(missing, num_workers)
+
+
+def _compile(wanted: Sequence[Wanted]) -> None:
     """An error is left for the launch that meets it again, if the step gets there."""
     from triton.runtime.errors import TritonError
 
     try:
-        if num_workers:
-            found = [source_of(*one) for one in wanted]
-            missing = [source for source in found if source and not in_cache(source)]
-            if len(missing) >= WORKERS_PAY:
-                share(missing, num_workers)
+        fill_cache(wanted)
         for launch, dtypes in wanted:
             launch.compile(dtypes)
     except (TritonError, RuntimeError, OSError):

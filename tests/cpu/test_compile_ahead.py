@@ -71,7 +71,7 @@ def test_the_same_step_is_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(module, "_met", set())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
-    monkeypatch.setattr(module, "_compile", lambda wanted, pool: compiled.append(list(wanted)))
+    monkeypatch.setattr(module, "_compile", lambda wanted: compiled.append(list(wanted)))
 
     def dry() -> None:
         for launch in (*launches, launches[0]):
@@ -102,7 +102,9 @@ def test_a_step_that_barely_fits_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     module.compile_ahead("key", torch.device("cuda", 0), dry)
 
 
-def test_a_kernel_that_does_not_compile_fails_before_it_is_needed() -> None:
+def test_a_kernel_that_does_not_compile_fails_before_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Somebody who asks for no gradient never launches the backward pass."""
     pytest.importorskip("triton")
     tried: list[str] = []
@@ -112,7 +114,8 @@ def test_a_kernel_that_does_not_compile_fails_before_it_is_needed() -> None:
             tried.append("it")
             raise RuntimeError("does not compile")
 
-    module._compile([(launch_of(Refused()), (torch.float32,))], 0)
+    monkeypatch.setattr(module, "_num_workers", lambda: 0)
+    module._compile([(launch_of(Refused()), (torch.float32,))])
     assert tried
 
 
@@ -132,7 +135,8 @@ def test_workers_start_for_kernels_in_the_cache_or_for_too_few_others(
     monkeypatch.setattr(module, "source_of", lambda launch, dtypes: launch)
     monkeypatch.setattr(module, "in_cache", lambda launch: launch in launches[:cached])
     monkeypatch.setattr(module, "share", lambda sources, workers: given.append(sources))
-    module._compile([(launch, ()) for launch in launches], 4)
+    monkeypatch.setattr(module, "_num_workers", lambda: 4)
+    module._compile([(launch, ()) for launch in launches])
     assert given == ([launches[3:]] if cached == 3 else [])
     assert compiled == [launch.kernel for launch in launches]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 from tuning_cases import GATED, PLAIN, FakeTrial, ask, clock, entry, ran, rows
+from turnout.experts import triton_tuning
+from turnout.experts.triton_tuning import GemmTrial
+from turnout.launch import Launch
 from turnout.tuning import cache
 from turnout.tuning.cache import Store
 from turnout.tuning.candidates import candidates
@@ -45,6 +49,27 @@ def test_a_slower_config_wins():
     assert result.search.tried == 4
     assert dict(result.search.times)[SLOW] == 0.6
     assert (result.key, result.rows, result.device) == (ask().key, 131072, "sm_90")
+
+
+def test_candidates_wait_for_each_others_compilation(monkeypatch: pytest.MonkeyPatch):
+    trial = FakeTrial()
+    found({}, trial)
+    assert trial.compiled == [DEFAULT, FAST, WRONG, SLOW]
+    pytest.importorskip("triton")
+    given: list[object] = []
+    monkeypatch.setattr(triton_tuning, "fill_cache", given.append)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    launches = {config: Launch(None, (1, 1, 1), (), config.to_dict(), 4) for config in LIST}
+
+    def prepare(config):
+        if config == WRONG:
+            raise RuntimeError("does not fit")
+        return lambda: launches[config](torch.zeros(4))
+
+    for device in ("cpu", "cuda"):
+        real = GemmTrial(torch.device(device), prepare, None, torch.float32)
+        real.compile([*LIST, FAST])
+    assert given == [[(launches[FAST], (torch.float32,)), (launches[SLOW], (torch.float32,))]]
 
 
 def test_a_wrong_config_wins_because_it_is_fast():

@@ -68,6 +68,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(gemm_hopper, "_rows_launch", rows_launch)
     monkeypatch.setattr(gemm_hopper, "_gram_launch", lambda *args: partial(emulated, gram(*args)))
     # few rows take Hopper's tiles
+    monkeypatch.setattr(gemm_hopper, "GATHERED", 0)
     monkeypatch.setattr(ragged_rows, "tile_rows_of", lambda rows, experts: 128)
     monkeypatch.setattr("turnout.experts.ops.tile_rows_of", lambda rows, experts: 128)
     for cached in (gemm._select, gemm._rows_choice, gemm._gram_choice, gemm._narrow_backend):
@@ -87,6 +88,18 @@ def make(seed: int = 0, **changes: Any) -> Problem:
 def test_a_step_is_more_than_twice_as_wrong_as_eager(case: str, launches: list[str]) -> None:
     check(partial(make, **CASES[case]), backend="hopper")
     assert launches.count("rows_kernel") >= 3, launches
+
+
+def test_few_rows_are_gathered_by_the_slower_kernel(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = make()
+    rows = problem.experts.numel() / problem.num_experts
+    for least, kernels in ((rows, 4), (rows + 1, 2)):  # up and the gradient of h gather
+        monkeypatch.setattr(gemm_hopper, "GATHERED", least)
+        launches.clear()
+        run(problem, problem.trained_by_lora, backend="hopper")
+        assert launches.count("rows_kernel") == kernels
 
 
 GPT_OSS_LAYER: dict[str, Any] = {"activation": GPT_OSS, "transposed": True, "bias": True}

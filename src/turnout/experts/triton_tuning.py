@@ -12,7 +12,8 @@ Legend: S rows, E experts, N output width, K contraction.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -20,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turnout.compile_ahead import Wanted, fill_cache
 from turnout.experts import gemm_torch
 from turnout.experts.operands import Activate, ActivateBackward, Operand, RowsOut, Tail
+from turnout.launch import noting
 from turnout.ragged import Ragged
 from turnout.specs import GemmProblem
 from turnout.testing import assert_within, errors
@@ -57,6 +60,17 @@ class GemmTrial:
         self.failures = failures()
         self.prepare = make
         self._compute, self._dtype = compute, dtype
+
+    def compile(self, configs: Sequence[Config]) -> None:
+        """On a GPU, into Triton's cache, by worker processes."""
+        if self.device.type != "cuda":
+            return
+        wanted: list[Wanted] = []
+        for config in configs:
+            with suppress(*self.failures), noting(wanted):
+                self.prepare(config)()
+        with torch.cuda.device(self.device), suppress(OSError, *self.failures):
+            fill_cache(list(dict.fromkeys(wanted)))
 
     @cached_property
     def _judge(self) -> tuple[Outputs, dict[str, tuple[float, float]]]:

@@ -12,7 +12,7 @@ Times are those of `turnout.measure`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +38,9 @@ class Trial(Protocol):
 
     device: torch.device
     failures: tuple[type[Exception], ...]
+
+    def compile(self, configs: Sequence[Config]) -> None:
+        """May compile them side by side; what fails is left for its first launch."""
 
     def prepare(self, config: Config) -> Callable[[], Any]:
         """A function that launches once and returns the outputs; compiles at its first call."""
@@ -105,6 +108,8 @@ def search(
     started = time.monotonic()
     kept, pruned = candidates(ask, listed)
     configs = list(dict.fromkeys((incumbent, default, *kept)))
+    effort.check()
+    trial.compile(configs)
     right: dict[Config, Callable[[], Any]] = {}
     failed: dict[Config, str] = {}
     for number, config in enumerate(configs):
