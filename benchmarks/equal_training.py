@@ -1,6 +1,7 @@
 """Does turnout train as stock transformers and PEFT do? Losses and gradient norms, step by step.
 
-    PYTHONPATH=src python3 benchmarks/equal_training.py --commit $(git rev-parse --short HEAD)
+    COMMIT=$(git rev-parse --short HEAD)
+    PYTHONPATH=src python3 benchmarks/equal_training.py --jobs 6 --commit $COMMIT
 
 A Qwen3-MoE with random weights learns the built-in corpus by LoRA on attention and experts: five
 times in stock code, with the rows of every batch in another order each time, and once in turnout.
@@ -15,8 +16,11 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -125,6 +129,50 @@ def adapted(model: Any) -> Any:
     return get_peft_model(model, config)
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all runs share: names and numbers, so that a process of its own can be told."""
+
+    size: str
+    steps: int
+    length: int
+    lr: float
+    device: str
+
+    def base(self) -> Any:
+        """The base model on the device, in bfloat16 on a GPU."""
+        dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
+        model = base_model(SIZES[self.size], len(make_tokenizer()), dtype)
+        return model.to(self.device)
+
+    def model(self) -> Any:
+        """The same with adapters."""
+        return adapted(self.base())
+
+    def data(self) -> list[Tensor]:
+        """The batches, in their own order."""
+        return batches(make_tokenizer(), self.steps, SIZES[self.size]["rows"], self.length)
+
+    def run(self, order: int) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+        """(loss, gradient norm) of every step, and the adapters after it; `order` 0 is ours."""
+        base = self.base()
+        report = None if order else turnout.patch(base)
+        model = adapted(base)
+        if report is not None:
+            report.require("fused")
+        steps = train(model, self.data(), order, self.lr)
+        return steps, {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def with_adapters(model: Any, trained: dict[str, Tensor]) -> Any:
+    """The model, its adapters as they were trained."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(trained[name])
+    return model
+
+
 def band(stock: Sequence[Sequence[float]], ours: Sequence[float]) -> tuple[float, float]:
     """(largest deviation of ours from the mean of the stock runs, largest of any of those)."""
     runs = torch.tensor(stock, dtype=torch.float64)
@@ -204,35 +252,29 @@ def main() -> int:
     """Run, save, judge; 1 if a demand is missed."""
     started = time.perf_counter()
     args = arguments()
-    device, size = torch.device(args.device), SIZES[args.size]
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    name = device_of(device).name
+    name = device_of(torch.device(args.device)).name
     out = Path(args.out) if args.out else HERE / "results" / f"training_{slug(name)}.csv"
     file = File(Table(Row, {}), out)
-    tokenizer = make_tokenizer()
-    data = batches(tokenizer, args.steps, size["rows"], args.length)
-
-    def fresh() -> Any:
-        return base_model(size, len(tokenizer), dtype).to(device)
-
+    plan = Plan(args.size, args.steps, args.length, args.lr, args.device)
     facts = (
         args.commit or git_commit(),
         name,
         *(version(p) for p in ("torch", "triton", "transformers", "peft")),
     )
-    models: dict[str, Any] = {}
-    for order in range(STOCK_RUNS + 1):
-        run = OURS if order == 0 else f"stock {order}"
-        model = fresh()
-        report = turnout.patch(model) if run == OURS else None
-        model = adapted(model)
-        if report is not None:
-            report.require("fused")
-        steps = train(model, data, order, args.lr)
-        file.add(*[Row(*facts, run, i, loss, norm) for i, (loss, norm) in enumerate(steps)])
-        print(f"{run:8s} loss {steps[0][0]:.4f} to {steps[-1][0]:.4f}", flush=True)
-        models[run if run == OURS else "stock"] = model
-    found = demands(file.rows) + exchange(models, lambda: fresh().float(), data[0])
+    trained: dict[str, dict[str, Tensor]] = {}
+    with ExitStack() as stack:
+        if args.jobs > 1:
+            processes = ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"))
+            runs = stack.enter_context(processes).map(plan.run, range(STOCK_RUNS + 1))
+        else:
+            runs = map(plan.run, range(STOCK_RUNS + 1))
+        for order, (steps, adapters) in enumerate(runs):
+            run = OURS if order == 0 else f"stock {order}"
+            file.add(*[Row(*facts, run, i, loss, norm) for i, (loss, norm) in enumerate(steps)])
+            print(f"{run:8s} loss {steps[0][0]:.4f} to {steps[-1][0]:.4f}", flush=True)
+            trained[run if run == OURS else "stock"] = adapters
+    models = {code: with_adapters(plan.model(), found) for code, found in trained.items()}
+    found = demands(file.rows) + exchange(models, lambda: plan.base().float(), plan.data()[0])
     print(f"\n{len(file.rows)} rows in {out}\n\n{show(found)}")
     print(f"\n{time.perf_counter() - started:.0f} s")
     return 0 if all(must.passed for must in found) else 1
@@ -245,6 +287,7 @@ def arguments() -> argparse.Namespace:
     add("--steps", type=int, default=200)
     add("--length", type=int, default=256, help="tokens of a row")
     add("--lr", type=float, default=1e-3)
+    add("--jobs", type=int, default=1, help="runs at the same time")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", help="the CSV; benchmarks/results/training_<gpu>.csv by default")
     add("--commit", help="for the first column; asked of git by default")

@@ -133,6 +133,7 @@ def test_six_runs_are_recorded(
     words = ["--size", "tiny", "--steps", "3", "--length", "32", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["x", *words, "--out", str(out), "--commit", "abc"])
     bench.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--jobs", "2"])
     bench.main()  # appends
     with out.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -140,6 +141,8 @@ def test_six_runs_are_recorded(
     assert {row["run"] for row in rows} == {"turnout", *(f"stock {i}" for i in range(1, 6))}
     first = [float(row["loss"]) for row in rows[:18] if row["step"] == "0"]
     assert max(first) - min(first) < 1e-4, "the runs do not begin with the same weights"
+    losses = [float(row["loss"]) for row in rows]
+    assert losses[:18] == pytest.approx(losses[18:], rel=1e-4), "in other processes"
     text = capsys.readouterr().out
     assert "adapter of turnout in both codes" in text
     assert "grad_norm: ours / largest of 5 stock" in text
