@@ -4,9 +4,8 @@ Triton compiles a kernel at its first launch, and then, with the machine's C com
 that starts it; the first step of a layer does both some twenty times. But the host code of a pass
 reads no value of a tensor: it can run once with its launches noted instead of started. So all that
 a step needs is known at once, and what is not in Triton's cache is put there by worker processes
-(`compile_worker.py`). Processes, not threads: with Triton's
-`AsyncCompileMode` and many threads, a run of the GPU tests ended in an illegal memory access, and
-the same run without it did not.
+(`compile_worker.py`). Processes, not threads: with Triton's `AsyncCompileMode` and many threads, a
+run of the GPU tests ended in an illegal memory access, and the same run without it did not.
 """
 
 from __future__ import annotations
