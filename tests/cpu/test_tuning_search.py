@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -265,6 +265,7 @@ def test_a_search_that_fails_stops_the_training(trial, text, caplog):
     assert not one.wants(ask())  # nor is it tried at every step
     assert ran(ask(), DEFAULT) == DEFAULT
     assert len(one.broken) == ("finite" in text)
+    assert len(one.no_memory) == ("memory" in text)
 
 
 def test_a_budget_that_is_spent_goes_on_being_spent(caplog):
@@ -274,6 +275,28 @@ def test_a_budget_that_is_spent_goes_on_being_spent(caplog):
     assert one.is_out_of_time
     assert "out of time" in caplog.text
     assert not one.wants(ask(GATED))
+
+
+def test_waiting_for_another_process_is_free_or_without_end(folder, monkeypatch):
+    """A budget below zero would be no limit for the lock."""
+    waited = []
+
+    @contextmanager
+    def searching(self, question, seconds):
+        waited.append(seconds)
+        time.sleep(0.1)
+        yield
+
+    monkeypatch.setattr(Store, "searching", searching)
+    one = tuner(seconds_left=0.15)
+    for number in range(4):
+        one.tune(ask(replace(PLAIN, n=256 * (1 + number))), DEFAULT, FakeTrial())
+    assert waited[0] == 0.15
+    assert all(0 <= seconds < 0.06 for seconds in waited[1:])
+    assert one.is_out_of_time
+    two = tuner(until=time.monotonic() - 1)
+    two.tune(ask(), DEFAULT, FakeTrial())
+    assert (waited[-1], two.is_out_of_time) == (0, True)
 
 
 def test_no_limit_is_a_limit():
