@@ -388,7 +388,10 @@ def _run(command: Callable[[], dict[str, Any]], json_file: str | None) -> dict[s
         )
     result = command()
     if "received" not in result:
-        path.write_text(_json_text(result), encoding="utf-8")
+        try:
+            path.write_text(_json_text(result), encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"--json is {json_file}, which can not be written: {error}") from None
     return result
 
 

@@ -146,7 +146,7 @@ def _works(config: TuneConfig, device: torch.device) -> list[Work]:
     if config.minutes is not None and not config.minutes > 0:
         raise ValueError(f"--minutes is {config.minutes}; expected more than 0")
     if config.recorded is not None:
-        found, faults = problems(journal.read(journal.find(config.recorded)))
+        found, faults = problems(journal.read(journal.find(config.recorded)), device)
         for fault in faults:
             log.warning("%s", fault)
         if not found:
