@@ -265,6 +265,12 @@ def tune(
     if from_reports:
         from turnout.tune import from_reports as merge
 
+        if shape or model or recorded:
+            raise ValueError(
+                "got --from-reports with --shape, --model or --recorded; expected one of them: "
+                "reports are merged without a search"
+            )
+
         _run(lambda: merge.main([*from_reports, *(more or [])], emit), json_file)
         return
     if more or emit is not None:

@@ -263,6 +263,7 @@ def test_tuning_without_a_gpu_is_a_traceback(monkeypatch, capsys):
         (["--emit", "x.json"], "--from-reports"),
         (["--from-reports", "nowhere", "--emit", "x.json"], "does not exist"),
         (["--from-reports", "."], "--emit"),
+        (["--from-reports", ".", "--emit", "x.json", "--shape", "tiny"], "without a search"),
     ],
 )
 def test_a_mistake_about_reports_starts_the_search(tmp_path, monkeypatch, capsys, arguments, text):
