@@ -242,6 +242,9 @@ def tune(
     device: Annotated[
         str, typer.Option(help="auto, cuda, or cpu with TRITON_INTERPRET=1.")
     ] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="auto: what runs in training here; triton: every product.")
+    ] = "auto",
     minutes: Annotated[
         float | None, typer.Option(help="Stop then; the same command goes on later.")
     ] = None,
@@ -261,6 +264,12 @@ def tune(
     """Search the fastest config of every kernel, or prune the search from recorded reports."""
     if from_reports:
         from turnout.tune import from_reports as merge
+
+        if shape or model or recorded:
+            raise ValueError(
+                "got --from-reports with --shape, --model or --recorded; expected one of them: "
+                "reports are merged without a search"
+            )
 
         _run(lambda: merge.main([*from_reports, *(more or [])], emit), json_file)
         return
@@ -362,7 +371,8 @@ def _fail(message: str) -> NoReturn:
 
 
 def _run(command: Callable[[], dict[str, Any]], json_file: str | None) -> dict[str, Any]:
-    """Runs `command` and writes its result to `json_file`.
+    """Runs `command` and writes its result to `json_file`, unless it is that of a process which
+    only received what another one found.
 
     With `-` everything that is printed meanwhile goes to standard error, so that standard output is
     the JSON text and nothing else. A file that can not be written is an error before the work, not
@@ -373,7 +383,8 @@ def _run(command: Callable[[], dict[str, Any]], json_file: str | None) -> dict[s
     if json_file == "-":
         with redirect_stdout(sys.stderr):
             result = command()
-        sys.stdout.write(_json_text(result))
+        if "received" not in result:
+            sys.stdout.write(_json_text(result))
         return result
     path = Path(json_file)
     if path.is_dir() or not path.parent.is_dir():
@@ -382,7 +393,11 @@ def _run(command: Callable[[], dict[str, Any]], json_file: str | None) -> dict[s
             f"Create {path.parent} first or name another file."
         )
     result = command()
-    path.write_text(_json_text(result), encoding="utf-8")
+    if "received" not in result:
+        try:
+            path.write_text(_json_text(result), encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"--json is {json_file}, which can not be written: {error}") from None
     return result
 
 

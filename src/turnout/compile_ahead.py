@@ -16,8 +16,9 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,15 @@ def share(sources: Sequence[Source], num_workers: int) -> int:
     # taken from the end: those with TMA take longest
     left = sorted(sources, key=lambda source: "tensordesc" in str(source.signature))
 
-    def feed(worker: subprocess.Popen[bytes]) -> int:
+    idle: list[subprocess.Popen[bytes]] = []
+
+    def feed(worker: subprocess.Popen[bytes], is_new: bool) -> int:
         assert worker.stdin is not None
         assert worker.stdout is not None
         done = 0
         try:
-            worker.stdin.write(pickle.dumps(shared))
+            if is_new:
+                worker.stdin.write(pickle.dumps(shared))
             while True:
                 worker.stdin.write(pickle.dumps(left.pop()))
                 worker.stdin.flush()
@@ -130,24 +134,60 @@ def share(sources: Sequence[Source], num_workers: int) -> int:
                 if not answer:
                     return done
                 done += answer == DONE
-        except (IndexError, OSError):  # all are taken, or the worker is gone
-            return done
+        except IndexError:  # all are taken
+            idle.append(worker)
+        except OSError:  # the worker is gone
+            pass
+        return done
 
     num_workers = min(num_workers, len(left))
-    workers: list[subprocess.Popen[bytes]] = []
+    workers, gone = _take_kept(shared, num_workers), []
+    num_kept = len(workers)
     try:
         with ThreadPoolExecutor(max(1, num_workers)) as pool:
             try:
-                workers += (_start() for _ in range(num_workers))
-                feeding = [pool.submit(feed, worker) for worker in workers]
+                workers += (_start() for _ in range(num_workers - num_kept))
+                feeding = [pool.submit(feed, w, n >= num_kept) for n, w in enumerate(workers)]
                 wait(feeding, timeout=PATIENCE_S)
             finally:
-                for worker in workers:
+                gone = [w for w in workers if w not in idle or _kept is None]
+                for worker in gone:
                     worker.kill()  # whoever waits for its answer reads its end
     finally:
-        for worker in workers:
+        for worker in gone:
             worker.communicate()
+    if _kept is not None:
+        _kept.extend((shared, worker) for worker in workers if worker not in gone)
     return sum(one.result() for one in feeding)
+
+
+_kept: list[tuple[Shared, subprocess.Popen[bytes]]] | None = None
+
+
+@contextmanager
+def workers_kept() -> Iterator[None]:
+    """Within it, workers wait for the next kernels instead of ending: starting one takes as long
+    as compiling a few."""
+    global _kept
+    before, _kept = _kept, []
+    try:
+        yield
+    finally:
+        kept, _kept = _kept, before
+        for _, worker in kept:
+            worker.kill()
+            worker.communicate()
+
+
+def _take_kept(shared: Shared, most: int) -> list[subprocess.Popen[bytes]]:
+    """Those that wait and know the same cache."""
+    found: list[subprocess.Popen[bytes]] = []
+    for one in list(_kept or ()):
+        if len(found) < most and one[0] == shared and one[1].poll() is None:
+            assert _kept is not None
+            _kept.remove(one)
+            found.append(one[1])
+    return found
 
 
 def _start() -> subprocess.Popen[bytes]:

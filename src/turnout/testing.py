@@ -18,12 +18,14 @@ small cases by `assert_within`, with the largest error eager makes on several pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_PIECE = 1 << 24  # elements; their copies in float64 take 128 MiB each
 
 
 def errors(x: Tensor, exact: Tensor) -> tuple[float, float]:
@@ -43,12 +45,43 @@ def errors(x: Tensor, exact: Tensor) -> tuple[float, float]:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected {tuple(exact.shape)} as exact")
     if exact.dtype != torch.float64:
         raise ValueError(f"exact is {exact.dtype}; expected float64. Compute the truth in float64")
-    if not exact.numel():
+    return errors_of(pieces(x, exact))
+
+
+def pieces(x: Tensor, exact: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both cut along the first dim in the same way: of large tensors all copies in float64 would
+    not fit beside them."""
+    if not x.ndim or not x.numel():
+        yield x, exact
+        return
+    count = max(1, _PIECE * x.shape[0] // x.numel())
+    yield from zip(x.split(count), exact.split(count), strict=True)
+
+
+def errors_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """As `errors`, of pieces of a result and of its truth.
+
+    Args:
+        pairs: piece and truth, each of the same shape; the truth is judged as float64.
+    """
+    count, found = 0, None
+    for x, exact in pairs:
+        count += x.numel()
+        if not x.numel():
+            continue
+        truth = exact.detach().double()
+        difference = x.detach().double() - truth
+        largest, squares = difference.abs().max(), difference.square_().sum()
+        power = truth.square().sum()
+        if found is not None:
+            largest = torch.maximum(largest, found[0])
+            squares, power = squares + found[1], power + found[2]
+        found = largest, squares, power
+    if found is None:
         return 0.0, 0.0
-    difference = x.detach().double() - exact.detach()
-    scale = exact.detach().square().mean().sqrt().clamp_min(1e-30)
-    rms = difference.square().mean().sqrt() / scale
-    return (difference.abs().max() / scale).item(), rms.item()
+    largest, squares, power = found
+    scale = (power / count).sqrt().clamp_min(1e-30)
+    return (largest / scale).item(), ((squares / count).sqrt() / scale).item()
 
 
 def assert_within(
@@ -69,12 +102,34 @@ def assert_within(
         AssertionError: `out` is too wrong, or not finite.
         ValueError: shapes differ, or `exact` is not float64.
     """
+    assert_errors(name, out, lambda: errors(out, exact), allowed, factor)
+
+
+def assert_errors(
+    name: str,
+    out: Tensor,
+    found: Callable[[], tuple[float, float]],
+    allowed: tuple[float, float],
+    factor: float = 2.0,
+) -> None:
+    """As `assert_within`, of errors that are computed elsewhere.
+
+    Args:
+        name: what `out` is, for the message.
+        out: the result to judge.
+        found: its (max, RMS) error; asked where all of `out` is finite.
+        allowed: (max, RMS) error of the yardstick.
+        factor: how many times as wrong as the yardstick `out` may be.
+
+    Raises:
+        AssertionError: `out` is too wrong, or not finite.
+    """
     if not out.isfinite().all():
         bad = int((~out.isfinite()).sum())
         raise AssertionError(f"{name}: {bad} of {out.numel()} elements are not finite")
     eps = torch.finfo(out.dtype).eps
     limits = factor * allowed[0] + eps, max(factor * allowed[1], eps / 4)
-    judged = zip(("max", "RMS"), errors(out, exact), allowed, limits, strict=True)
+    judged = zip(("max", "RMS"), found(), allowed, limits, strict=True)
     for kind, got, yardstick, limit in judged:
         if not got <= limit:
             raise AssertionError(

@@ -126,3 +126,36 @@ def test_a_worker_that_can_not_start_leaves_others_behind(
     with pytest.raises(OSError, match="no more processes"):
         compile_ahead.share(sources, 2)
     assert started[0].returncode is not None
+
+
+def test_every_search_starts_workers_of_its_own(
+    step: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of `turnout tune` searches a hundred problems."""
+    _, sources, _ = step
+    small = next(s for s in sources if s.name == "combine_kernel")
+    wrong = small._replace(constants={})
+    started: list[subprocess.Popen[bytes]] = []
+    start = compile_ahead._start
+
+    def note() -> subprocess.Popen[bytes]:
+        started.append(start())
+        return started[-1]
+
+    monkeypatch.setattr(compile_ahead, "_start", note)
+    with compile_ahead.workers_kept():
+        compile_ahead.share([wrong, wrong], 2)
+        compile_ahead.share([wrong], 2)
+        compile_ahead.share([wrong, small], 2)
+        assert in_cache(small)
+        assert len(started) == 2
+        assert [worker.poll() for worker in started] == [None, None]
+        started[0].kill()
+        started[0].wait()
+        compile_ahead.share([wrong, wrong, wrong], 2)
+        assert len(started) == 3, "one that died is not replaced"
+        with triton.knobs.cache.scope():
+            triton.knobs.cache.dir = str(own_cache / "other")
+            compile_ahead.share([small], 1)
+            assert in_cache(small), "it went into the cache of another time"
+    assert all(worker.poll() is not None for worker in started), "some are left behind"

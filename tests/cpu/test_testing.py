@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from turnout import testing
 from turnout.testing import assert_matches, assert_within, errors, poison_empty
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -38,6 +41,34 @@ def test_errors_of_nothing_are_zero():
 def test_a_truth_that_does_not_fit_is_refused(x, exact):
     with pytest.raises(ValueError, match="expected"):
         errors(x, exact)
+
+
+class Largest(TorchDispatchMode):
+    """The largest float64 tensor with memory of its own that was made within."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for one in tree_leaves(out):
+            if isinstance(one, torch.Tensor) and one.dtype == torch.float64 and not one._is_view():
+                self.size = max(self.size, one.numel())
+        return out
+
+
+@pytest.mark.parametrize("shape", [(300, 7), (5, 4, 9), (2100,), ()], ids=str)
+def test_a_large_result_is_judged_as_a_whole_or_wrongly_in_pieces(shape, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(shape, generator=generator, dtype=torch.float64)
+    x = exact.bfloat16()
+    whole = errors(x, exact)
+    monkeypatch.setattr(testing, "_PIECE", 50)
+    with Largest() as largest:
+        assert errors(x, exact) == pytest.approx(whole, rel=1e-12)
+    assert largest.size <= 50
+    if exact.numel() > 1:
+        x.view(-1)[-1] = float("nan")
+        assert all(one != one for one in errors(x, exact))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

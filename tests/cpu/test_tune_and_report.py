@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import json
 import subprocess
 import sys
@@ -9,13 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tuning_cases import GATED, GRAM, PLAIN, ask, entry, gram, ran, rows, search_of
 from turnout import cli
 from turnout.report.roofline import plot, point
 from turnout.shapes import SHAPES
+from turnout.tune.recorded import problems
 from turnout.tune.work import layers_named
-from turnout.tuning import cache, journal, report
+from turnout.tuning import cache, journal, report, table
 
 DEFAULT, TUNED = rows(128), rows(256)
 
@@ -93,6 +97,84 @@ def test_a_fault_in_a_report_ends_the_command(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "is cut off" in text
     assert "does not have: scatter2scatter" in text
+
+
+ODD = ("x", None, [5], "gone")
+
+
+@pytest.mark.parametrize(
+    ("event", "place"),
+    [
+        ("head", ["devices"]),
+        ("head", ["devices", 0, "memory_bytes"]),
+        ("kernel", ["kernel"]),
+        ("kernel", ["key"]),
+        ("kernel", ["key", "layout"]),
+        ("kernel", ["config"]),
+        ("kernel", ["problem"]),
+        ("kernel", ["problem", "rows"]),
+        ("kernel", ["problem", "dtype"]),
+        ("kernel", ["problem", "activation"]),
+        ("kernel", ["search"]),
+        ("kernel", ["search", "winner_s"]),
+        ("kernel", ["search", "failed"]),
+        ("kernel", ["search", "seconds"]),
+        ("autotuner", ["key"]),
+        ("autotuner", ["winner_ms"]),
+        ("experts", ["layers"]),
+        ("experts", ["layers", "model.layers.0.mlp.gate"]),
+        ("experts", ["layers", "model.layers.0.mlp.gate", "load"]),
+        ("experts", ["layers", "model.layers.0.mlp.gate", "dropped"]),
+        ("experts", ["layers", "model.layers.0.mlp.gate", "entropy"]),
+        ("roof", ["dense_tflops"]),
+    ],
+    ids=str,
+)
+def test_an_event_that_somebody_changed_is_a_traceback(tmp_path, monkeypatch, event, place):
+    """It is left out, shown as far as it goes, or named in an error."""
+    other = {"kernel": "k", "module": "m", "key": {"M": 1}, "config": {}, "winner_ms": 0.5}
+    roof = {"event": "roof", "device": "H100", "dense_tflops": 700.0, "copy_gb_s": 2800.0}
+    path = a_run(tmp_path) / journal.NAME
+    journal.append(path, [{"event": "autotuner", **other}, roof])
+    whole = [json.loads(line) for line in path.read_text().splitlines()]
+    number = next(n for n, line in enumerate(whole) if line["event"] == event)
+    for odd in ODD:
+        lines = copy.deepcopy(whole)
+        inner = lines[number]
+        for name in place[:-1]:
+            inner = inner[name]
+        if odd == "gone":
+            del inner[place[-1]]
+        else:
+            inner[place[-1]] = odd
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        emit = tmp_path / "table.json"
+        assert turnout(monkeypatch, "report", path) == 0
+        assert turnout(monkeypatch, "tune", "--from-reports", path, "--emit", emit) in (0, 2)
+        problems(journal.read(path), torch.device("cpu"))
+        points = (event, place[-1]) in [("roof", "dense_tflops"), ("kernel", "winner_s")]
+        if points and odd in (None, "x"):
+            plotted = turnout(monkeypatch, "report", path, "--plot", tmp_path / "a.svg")
+            assert plotted in (0, 2)
+
+
+def test_a_file_that_can_not_be_written_is_a_traceback(tmp_path, monkeypatch, capsys):
+    """A full disk at the end of the work."""
+    path, full = a_run(tmp_path / "run"), tmp_path / "full.json"
+    full.symlink_to("/dev/full")
+    assert turnout(monkeypatch, "report", path, "--json", full) == 2
+    assert "No space left" in capsys.readouterr().err
+
+    def no_room(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(table, "write", no_room)
+    assert turnout(monkeypatch, "tune", "--from-reports", path, "--emit", tmp_path / "t.json") == 2
+    assert "No space left" in capsys.readouterr().err
+    picture = tmp_path / "full.svg"
+    picture.symlink_to("/dev/full")
+    assert turnout(monkeypatch, "report", path, "--plot", picture) == 2
+    assert "No space left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -181,6 +263,7 @@ def test_tuning_without_a_gpu_is_a_traceback(monkeypatch, capsys):
         (["--emit", "x.json"], "--from-reports"),
         (["--from-reports", "nowhere", "--emit", "x.json"], "does not exist"),
         (["--from-reports", "."], "--emit"),
+        (["--from-reports", ".", "--emit", "x.json", "--shape", "tiny"], "without a search"),
     ],
 )
 def test_a_mistake_about_reports_starts_the_search(tmp_path, monkeypatch, capsys, arguments, text):

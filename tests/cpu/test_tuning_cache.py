@@ -302,6 +302,17 @@ def test_a_broken_list_of_candidates_stops_the_run(folder, shipped, caplog):
     assert "tile_rows is missing" in caplog.text
 
 
+@pytest.mark.parametrize("found", [None, 5, {"a": 1}, [5], ["kernel"], [None]], ids=str)
+def test_something_else_than_lists_of_candidates_stops_the_run(folder, shipped, caplog, found):
+    path = folder / "configs" / name_of()
+    path.parent.mkdir(parents=True)
+    entries = [entry(ask(), CONFIG).to_dict()]
+    path.write_text(json.dumps({"format": 1, "entries": entries, "candidates": found}))
+    with caplog.at_level(logging.WARNING):
+        assert Store(folder, shipped).find(ask()).entry.config == CONFIG
+    assert "left out" in caplog.text
+
+
 def test_what_ships_can_not_be_read():
     for path in SHIPPED.glob("*.json"):
         found = table.read(path)

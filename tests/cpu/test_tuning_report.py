@@ -240,6 +240,21 @@ def test_a_key_with_a_dtype_loses_it(tmp_path):
     assert found["key"] == {"M": 8, "DTYPE": "bf16"}
 
 
+def test_an_autotuner_that_is_no_good_ends_the_run(tmp_path):
+    """One whose making failed, one that keeps something else, one of a module without a name."""
+    half = object.__new__(triton.runtime.autotuner.Autotuner)
+    odd, configs = autotuner(tmp_path, name="odd_ops")
+    odd.cache[1, 2, 3] = "remembered in another way"
+    nameless, _ = autotuner(tmp_path, name="nameless_ops")
+    nameless.cache[1, 2, 3] = configs[0]
+    nameless.base_fn.__module__ = None
+    other, _ = autotuner(tmp_path)
+    other.cache[1, 2, 3] = configs[0]
+    assert of_module("odd_ops")[0] == []
+    assert len(of_module("None")[0]) == len(of_module()[0]) == 1
+    del half
+
+
 def test_autotuners_are_asked_for_where_triton_is_not_loaded(monkeypatch):
     monkeypatch.delitem(sys.modules, "triton.runtime.autotuner")
     assert report.autotuners() == ([], 0)
@@ -261,6 +276,13 @@ def test_a_report_changes_on_its_way_to_the_disk(tmp_path):
     assert [line["event"] for line in found.lines[:3]] == ["head", "kernel", "kernel"]
     assert found.faults == ()
     assert found.of("kernel") == kernels()
+
+
+def test_a_number_that_is_not_finite_ends_the_run(tmp_path):
+    layers = {"l": {"load": [1, 2], "entropy": float("nan"), "dropped": float("inf")}}
+    journal.append(tmp_path / "a.jsonl", [*report.record(), {"event": "experts", "layers": layers}])
+    (line,) = journal.read(tmp_path / "a.jsonl").of("experts")
+    assert line["layers"] == {"l": {"load": [1, 2], "entropy": None, "dropped": None}}
 
 
 def test_a_second_run_removes_the_first(tmp_path):

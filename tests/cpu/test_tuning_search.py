@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +14,11 @@ import torch
 
 from tuning_cases import GATED, PLAIN, FakeTrial, ask, clock, entry, ran, rows
 from turnout.experts import triton_tuning
+from turnout.experts.operands import Activate, Operand
 from turnout.experts.triton_tuning import GemmTrial
 from turnout.launch import Launch
+from turnout.ragged import sort_by_expert
+from turnout.specs import Activation, GemmProblem
 from turnout.tuning import cache
 from turnout.tuning.cache import Store
 from turnout.tuning.candidates import candidates
@@ -70,6 +73,43 @@ def test_candidates_wait_for_each_others_compilation(monkeypatch: pytest.MonkeyP
         real = GemmTrial(torch.device(device), prepare, None, torch.float32)
         real.compile([*LIST, FAST])
     assert given == [[(launches[FAST], (torch.float32,)), (launches[SLOW], (torch.float32,))]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str
+)
+def test_a_truth_takes_four_times_the_memory_of_a_result(dtype, kept):
+    """Of mixtral at 65536 tokens the truth alone would take 45 GB in float64."""
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    ragged = sort_by_expert(torch.arange(12).reshape(12, 1) % 3, 3)
+    x, w, out = normal(12, 8), normal(3, 6, 8), normal(3, 6, 8)
+    problem = GemmProblem(
+        ragged="m", rows=12, experts=3, n=6, k=8, dtype=str(dtype), weight_dtype=str(dtype)
+    )
+    a, b, epilogue = Operand(x), Operand(normal(12, 6)), Activate(Activation(), keep_z=True)
+    nothing = lambda config: lambda: None  # noqa: E731
+    trials = [
+        triton_tuning.rows_trial(
+            problem, a, w, ragged, dtype, None, None, epilogue, 1.0, nothing
+        ),
+        triton_tuning.gram_trial(
+            replace(problem, ragged="k"), b, a, ragged, out, dtype, nothing
+        ),
+    ]  # fmt: skip
+    for trial in trials:
+        truth, allowed = trial._judge
+        assert {value.dtype for value in truth.values()} == {kept}
+        assert all(0 < rms < 0.01 for _, rms in allowed.values())
+        right = {name: value.to(dtype) for name, value in truth.items()}
+        assert trial.rejects(right) is None
+        name = next(iter(right))
+        right[name][2] *= 1.05
+        assert name in str(trial.rejects(right))
 
 
 def test_a_wrong_config_wins_because_it_is_fast():
@@ -225,6 +265,7 @@ def test_a_search_that_fails_stops_the_training(trial, text, caplog):
     assert not one.wants(ask())  # nor is it tried at every step
     assert ran(ask(), DEFAULT) == DEFAULT
     assert len(one.broken) == ("finite" in text)
+    assert len(one.no_memory) == ("memory" in text)
 
 
 def test_a_budget_that_is_spent_goes_on_being_spent(caplog):
@@ -234,6 +275,28 @@ def test_a_budget_that_is_spent_goes_on_being_spent(caplog):
     assert one.is_out_of_time
     assert "out of time" in caplog.text
     assert not one.wants(ask(GATED))
+
+
+def test_waiting_for_another_process_is_free_or_without_end(folder, monkeypatch):
+    """A budget below zero would be no limit for the lock."""
+    waited = []
+
+    @contextmanager
+    def searching(self, question, seconds):
+        waited.append(seconds)
+        time.sleep(0.1)
+        yield
+
+    monkeypatch.setattr(Store, "searching", searching)
+    one = tuner(seconds_left=0.15)
+    for number in range(4):
+        one.tune(ask(replace(PLAIN, n=256 * (1 + number))), DEFAULT, FakeTrial())
+    assert waited[0] == 0.15
+    assert all(0 <= seconds < 0.06 for seconds in waited[1:])
+    assert one.is_out_of_time
+    two = tuner(until=time.monotonic() - 1)
+    two.tune(ask(), DEFAULT, FakeTrial())
+    assert (waited[-1], two.is_out_of_time) == (0, True)
 
 
 def test_no_limit_is_a_limit():

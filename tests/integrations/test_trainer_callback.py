@@ -156,6 +156,17 @@ def test_tokens_are_lost_where_the_load_is_written_rarely(tmp_path: Path) -> Non
         TurnoutCallback(load_steps=0)
 
 
+def test_a_model_that_diverged_ends_the_training(tmp_path: Path) -> None:
+    model = tiny(KEY)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(torch.nan)
+    trainer = train(tmp_path, Launches(1), TurnoutCallback(), model=model, max_steps=4)
+    assert trainer.state.global_step == 4
+    for line in journal.read(tmp_path / journal.NAME).of("experts"):
+        assert {layer["entropy"] for layer in line["layers"].values()} == {None}
+    show_report(tmp_path)
+
+
 @pytest.mark.parametrize("key", [k for k in TINY if k not in OWN])
 def test_the_router_of_an_architecture_is_not_read(key: str) -> None:
     from hf_models import forward

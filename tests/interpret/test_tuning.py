@@ -6,7 +6,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -314,6 +316,59 @@ def test_a_time_limit_is_an_error_or_loses_what_was_done(folder: Path) -> None:
     assert len(second["problems"]) >= 8 - second["reused"]
 
 
+def test_what_is_not_searched_is_not_on_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random tensors of large layers, and kernels that are compiled, take their time as well."""
+    ran: list[int] = []
+
+    def slow(layer: Any, tokens: int, *rest: Any) -> None:
+        ran.append(tokens)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(command, "step", slow)
+    found = main(small(tokens=[1, 2, 3], minutes=0.1 / 60))
+    assert ran == [1]
+    assert found["out_of_time"]
+
+
+def test_a_step_without_memory_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    step = work.step
+
+    def large(layer: Any, tokens: int, *rest: Any) -> None:
+        if tokens == 65536:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(layer, tokens, *rest)
+
+    monkeypatch.setattr(command, "step", large)
+    found = main(small(tokens=[65536, 4]))
+    assert found["no_memory"] == ["tiny T=65536 lora4: no memory to run it"]
+    assert len(found["problems"]) >= 8
+    assert "not tuned: tiny T=65536" in capsys.readouterr().out
+    assert journal.read(folder / "records" / journal.NAME).of("kernel")
+
+
+def test_what_another_back_end_runs_is_searched_unasked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On Hopper most products have a kernel of one config: their time is not worth a search."""
+    asked: list[str] = []
+
+    def step(*args: Any) -> None:
+        asked.append(args[-1])
+        found = random_problem(**SIZES)
+        run(found, backend="triton")
+        (first, *_) = report.events()
+        replace(first, source="fixed").note()
+
+    monkeypatch.setattr(command, "step", step)
+    found = main(small())
+    assert found["fixed"] == 1
+    assert "1 problems run in kernels of one config" in capsys.readouterr().out
+    main(small(backend="triton"))
+    assert asked == ["auto", "triton"]
+
+
 def test_a_recorded_run_is_tuned_as_something_else(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +425,11 @@ def test_a_record_that_can_not_be_written_ends_the_run(
         ({"tokens": [0]}, "--tokens"),
         ({"mode": ["lora,half"]}, "--mode"),
         ({"dtype": "float8"}, "--dtype"),
+        ({"rank": [16, 0]}, "--rank"),
+        ({"rank": [-1]}, "--rank"),
+        ({"backend": "hopper"}, "--backend"),
+        ({"device": "tpu"}, "--device"),
+        ({"device": "cuda:99"}, "sees no GPU|index below"),
     ],
     ids=str,
 )
@@ -399,7 +459,10 @@ from turnout.tuning import candidates
 small = (rows(16, 16, warps=4),), (gram(16, 16, 16, warps=4),)
 candidates.built_in = lambda family, _: small[family.kernel == "gram"]
 work.shape_named = lambda name: Shape("tiny", 4, 16, 16, 2, 1)
-found = main(TuneConfig(shape=["tiny"], repeats=1, rank=[4]))
+from pathlib import Path
+from turnout.cli import _run
+out = Path(sys.argv[1], f"out.{rank}")
+found = _run(lambda: main(TuneConfig(shape=["tiny"], repeats=1, rank=[4])), str(out))
 print("rank", rank, len(found["problems"]), found.get("received"))
 """
 
@@ -424,6 +487,8 @@ def test_two_processes_both_tune_or_one_gets_nothing(tmp_path: Path) -> None:
     assert tuned >= 8
     tables = [next((tmp_path / rank / "configs").glob("*.json")).read_text() for rank in "01"]
     assert tables[0] == tables[1]
+    written = [path.name for path in tmp_path.glob("out.*")]
+    assert written == ["out.0"], "the file of --json is that of who came last"
 
 
 def test_the_reference_is_what_runs() -> None:

@@ -83,10 +83,14 @@ def launch_rows(
     tail: Tail | None,
     epilogue: Activate | ActivateBackward | None,
     scale: float,
+    kept: torch.dtype | None = None,
 ) -> RowsOut:
-    """`turnout.experts.gemm.grouped_gemm`, expert by expert; dropped rows are zero."""
+    """`turnout.experts.gemm.grouped_gemm`, expert by expert; dropped rows are zero.
+
+    Computed in `dtype`, returned in `kept` (None: the same).
+    """
     wide = torch.promote_types(dtype, torch.float32)
-    out = _allocate(w_ENK, ragged, dtype, epilogue)
+    out = _allocate(w_ENK, ragged, kept or dtype, epilogue)
     for e, first, last in ragged.segments():
         a_e = _read(a, ragged, first, last, dtype)
         product = _product(a_e, w_ENK[e], wide)

@@ -6,6 +6,10 @@ the yardstick is the same in the problem's dtype, and a candidate may be twice a
 maximum and in RMS. The maximum of few elements is luck, so at least what n normal errors of the
 yardstick's RMS reach, RMS * sqrt(2 ln n), is allowed.
 
+At large T memory decides whether a problem can be judged at all. The truth is computed in float64
+one expert after the other and kept, for results of two bytes, in float32, whose rounding is 2^-13
+of theirs and less; it is compared piece by piece.
+
 Legend: S rows, E experts, N output width, K contraction.
 """
 
@@ -15,7 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,7 +31,7 @@ from turnout.experts.operands import Activate, ActivateBackward, Operand, RowsOu
 from turnout.launch import noting
 from turnout.ragged import Ragged
 from turnout.specs import GemmProblem
-from turnout.testing import assert_within, errors
+from turnout.testing import assert_errors, errors_of, pieces
 from turnout.tuning.key import Config
 
 Outputs = dict[str, Tensor]
@@ -75,10 +79,10 @@ class GemmTrial:
     @cached_property
     def _judge(self) -> tuple[Outputs, dict[str, tuple[float, float]]]:
         """Truth and the yardstick's (max, RMS) errors."""
-        truth = {name: t.double() for name, t in self._compute(torch.float64).items()}
+        truth = self._compute(torch.float64)
         allowed = {}
         for name, value in self._compute(self._dtype).items():
-            largest, rms = errors(value, truth[name])
+            largest, rms = _errors(value, truth[name])
             luck = rms * math.sqrt(2 * math.log(max(2, value.numel())))
             allowed[name] = (max(largest, luck), rms)
         return truth, allowed
@@ -90,10 +94,21 @@ class GemmTrial:
             if not value.numel():
                 continue
             try:
-                assert_within(name, value, truth[name], allowed[name])
+                assert_errors(name, value, partial(_errors, value, truth[name]), allowed[name])
             except AssertionError as error:
                 return str(error)
         return None
+
+
+def _errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
+    return errors_of(pieces(value, truth))
+
+
+def _kept(into: torch.dtype, out: torch.dtype) -> torch.dtype:
+    """What results in `out` are kept in when they are computed in `into`."""
+    if into != torch.float64:
+        return out
+    return torch.float32 if out.itemsize == 2 else torch.float64
 
 
 def rows_trial(
@@ -122,7 +137,9 @@ def rows_trial(
     def compute(into: torch.dtype) -> Outputs:
         wide = None if tail is None else replace(tail, xa_SR=tail.xa_SR.to(into))
         return named(
-            gemm_torch.launch_rows(problem, a, w_ENK, ragged, into, bias_EN, wide, epilogue, scale)
+            gemm_torch.launch_rows(
+                problem, a, w_ENK, ragged, into, bias_EN, wide, epilogue, scale, _kept(into, dtype)
+            )
         )
 
     def prepare(config: Config) -> Callable[[], Outputs]:
@@ -144,8 +161,7 @@ def gram_trial(
     """The trial of a product ragged on K, which overwrites `out_ENK` at every launch."""
 
     def compute(into: torch.dtype) -> Outputs:
-        kind = torch.float64 if into == torch.float64 else out_ENK.dtype
-        out = torch.empty_like(out_ENK, dtype=kind)
+        out = torch.empty_like(out_ENK, dtype=_kept(into, out_ENK.dtype))
         gemm_torch.launch_gram(problem, a, b, ragged, out, into)
         return {"out": out}
 

@@ -41,7 +41,7 @@ def point(event: dict[str, Any]) -> Point:
     """The point of a kernel event.
 
     Raises:
-        ValueError: the event lacks a size.
+        ValueError: the event lacks a size, or its time is no number.
     """
     key = checked(event, "key", dict)
     s, e, n, k, r = (checked(key, name, int) for name in ("rows", "experts", "n", "k", "rank"))
@@ -52,6 +52,8 @@ def point(event: dict[str, Any]) -> Point:
     traffic = (s * k + s * n) * item + e * n * k * weight_item
     search = event.get("search")
     seconds = search.get("winner_s") if isinstance(search, dict) else None
+    if seconds is not None:
+        seconds = checked({"winner_s": seconds}, "winner_s", float)
     epilogue = checked(key, "epilogue", str)
     return Point(
         label=epilogue if is_rows and epilogue != "none" else "rows" if is_rows else "gram",
@@ -66,7 +68,7 @@ def plot(path: Path, points: Sequence[Point], roof: dict[str, Any] | None) -> No
     """Draws the points, and the roofs of a `roof` event.
 
     Raises:
-        ValueError: no points.
+        ValueError: no points, a roof without its numbers, or a file that can not be written.
     """
     if not points:
         raise ValueError("the report has no kernel of turnout, so there is nothing to draw")
@@ -83,13 +85,14 @@ def plot(path: Path, points: Sequence[Point], roof: dict[str, Any] | None) -> No
     for label, colour in dict.fromkeys((p.label, p.colour) for p in points):
         axes.scatter([], [], c=colour, label=label)
     if roof is not None:
-        dense, copy = float(roof["dense_tflops"]), float(roof["copy_gb_s"]) / 1e3
+        dense, copy = (checked(roof, name, float) for name in ("dense_tflops", "copy_gb_s"))
+        copy /= 1e3
         edge = dense / copy
         first, last = min(p.intensity for p in points) / 2, max(p.intensity for p in points) * 2
         first, last = min(first, edge / 2), max(last, edge * 2)
         axes.plot([first, edge, last], [first * copy, dense, dense], color="gray", linewidth=1)
         axes.set_title(
-            f"{roof['device']}: dense {dense:.0f} TFLOP/s, copy {copy:.2f} TB/s, measured"
+            f"{roof.get('device')}: dense {dense:.0f} TFLOP/s, copy {copy:.2f} TB/s, measured"
         )
     elif timed:
         axes.set_title("no measured peaks in this record, so no roof")
@@ -97,4 +100,7 @@ def plot(path: Path, points: Sequence[Point], roof: dict[str, Any] | None) -> No
         axes.set_title("no config of this run was ever timed: marks show intensity only")
     figure.legend(loc="outside right upper", title="size: FLOP")
     axes.grid(True, which="both", linewidth=0.3)
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise ValueError(f"--plot is {path}, which can not be written: {error}") from None

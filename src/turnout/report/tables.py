@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from turnout.tuning.show import Event, inner, short, table
+from turnout.tuning.show import Event, inner, listed, number, short, table
 
 
 def head(event: Event) -> Text:
@@ -15,16 +15,15 @@ def head(event: Event) -> Text:
     names = ("turnout", "torch", "triton", "driver", "python")
     versions = ", ".join(f"{name} {event[name]}" for name in names if event.get(name))
     lines = [versions]
-    for device in event.get("devices", []):
+    for device in (one for one in listed(event, "devices") if isinstance(one, dict)):
         facts = [str(device.get("name"))]
         if device.get("compute_capability"):
-            gib = device.get("memory_bytes", 0) / 2**30
-            kib = device.get("shared_memory_bytes", 0) / 2**10
+            shared = number(device.get("shared_memory_bytes"), 2**-10, 0)
             facts += [
                 f"compute capability {device['compute_capability']}",
-                f"{gib:.0f} GiB",
+                f"{number(device.get('memory_bytes'), 2**-30, 0)} GiB",
                 f"{device.get('num_sms')} multiprocessors",
-                f"{kib:.0f} KiB of shared memory per block",
+                f"{shared} KiB of shared memory per block",
             ]
         lines.append(", ".join(facts))
     single = event.get("single_config_autotuners", 0)
@@ -39,13 +38,12 @@ def autotuners(events: Sequence[Event]) -> Table:
     out.add_column("ms", justify="right")
     for event in events:
         key = " ".join(f"{name}={value}" for name, value in inner(event, "key").items())
-        ms = event.get("winner_ms")
         out.add_row(
             str(event.get("kernel")),
             str(event.get("module")),
             key,
             short(inner(event, "config")),
-            "" if ms is None else f"{ms:.3f}",
+            number(event.get("winner_ms")),
         )
     return out
 
@@ -55,18 +53,17 @@ def experts(event: Event) -> Table:
     out = table("layer")
     for heading in ("experts", "tokens", "busiest / mean", "idle", "dropped", "entropy"):
         out.add_column(heading, justify="right")
-    for name, layer in inner(event, "layers").items():
-        load = layer["load"]
+    for name in inner(event, "layers"):
+        layer = inner(inner(event, "layers"), name)
+        load = [count for count in listed(layer, "load") if isinstance(count, int)]
         total = sum(load)
-        busiest = max(load) * len(load) / total if total else 0.0
-        entropy = layer.get("entropy")
         out.add_row(
             name,
             str(len(load)),
             str(layer.get("tokens", "")),
-            f"{busiest:.2f}",
+            number(max(load) * len(load) / total if total else 0.0, digits=2),
             str(sum(not count for count in load)),
-            f"{layer['dropped']:.3f}",
-            "" if entropy is None else f"{entropy:.3f}",
+            number(layer.get("dropped")),
+            number(layer.get("entropy")),
         )
     return out

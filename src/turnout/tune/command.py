@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +17,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from turnout.device import visible_gpus
+from turnout.compile_ahead import workers_kept
+from turnout.device import device_of, visible_gpus
 from turnout.kernel_facts import INSTALLED, interpreting
 from turnout.specs import Unsupported, check_choice
 from turnout.tune import together
 from turnout.tune.recorded import launch, problems
 from turnout.tune.roof import roof
-from turnout.tune.work import Layer, Mode, layers_named, step
+from turnout.tune.work import Backend, Layer, Mode, layers_named, step
 from turnout.tuning import cache, journal, report, show
 from turnout.tuning.entry import Entry
 from turnout.tuning.first_use import Tuner, tuning
@@ -36,6 +39,8 @@ class TuneConfig:
     """The flags of `turnout tune`, as they were given; None is the default that depends on others.
 
     Attributes:
+        backend: `auto` searches what a training step launches here; `triton` every product, also
+            those that another back end takes here.
         minutes: no further candidate is tried after that; None is no limit.
         record: the report to append to; None is in the cache folder.
     """
@@ -48,6 +53,7 @@ class TuneConfig:
     rank: list[int] | None = None
     dtype: str = "auto"
     device: str = "auto"
+    backend: str = "auto"
     minutes: float | None = None
     repeats: int = 30
     record: Path | None = None
@@ -67,7 +73,9 @@ def main(config: TuneConfig) -> dict[str, Any]:
         if share.is_first:
             result = _tune(config, works, device, console, share.entries)
         else:
-            result = {"problems": [], "reused": 0, "broken": [], "out_of_time": False}
+            result = {
+                "problems": [], "reused": 0, "broken": [], "no_memory": [], "out_of_time": False
+            }  # fmt: skip
     if not share.is_first:
         return result | {"received": len(share.received)}
     _print(result, show.console())
@@ -82,21 +90,28 @@ def _tune(
     entries: list[Entry],
 ) -> dict[str, Any]:
     report.forget()
+    until = time.monotonic() + (math.inf if config.minutes is None else 60 * config.minutes)
     with _progress(len(works), console) as (on_work, on_trial):
         tuner = Tuner(
-            seconds_left=None if config.minutes is None else 60 * config.minutes,
+            seconds_left=None,
+            until=until,
             keep_shipped=False,
             quick=max(1, config.repeats // 6),
             thorough=config.repeats,
             on_trial=on_trial,
         )
         try:
-            with tuning(tuner):
+            with tuning(tuner), workers_kept():
                 for name, run in works:
                     on_work(name)
+                    tuner.is_out_of_time |= time.monotonic() > until
                     if tuner.is_out_of_time:
                         break
-                    run()
+                    try:
+                        run()
+                    except torch.OutOfMemoryError:
+                        tuner.no_memory.append(f"{name}: no memory to run it")
+                        log.warning("%s", tuner.no_memory[-1])
                     if device.type == "cuda":
                         torch.cuda.empty_cache()
         finally:
@@ -109,6 +124,8 @@ def _tune(
         "problems": [event.to_dict() for event in report.events() if event.place in searched],
         "reused": len(tuner.reused),
         "broken": tuner.broken,
+        "no_memory": tuner.no_memory,
+        "fixed": sum(event.source == "fixed" for event in report.events()),
         "out_of_time": tuner.is_out_of_time,
         "default_over_tuned": _mean_ratio(tuner.entries),
         "cache": None if cache.cache_folder() is None else str(cache.cache_folder()),
@@ -129,7 +146,7 @@ def _works(config: TuneConfig, device: torch.device) -> list[Work]:
     if config.minutes is not None and not config.minutes > 0:
         raise ValueError(f"--minutes is {config.minutes}; expected more than 0")
     if config.recorded is not None:
-        found, faults = problems(journal.read(journal.find(config.recorded)))
+        found, faults = problems(journal.read(journal.find(config.recorded)), device)
         for fault in faults:
             log.warning("%s", fault)
         if not found:
@@ -139,6 +156,11 @@ def _works(config: TuneConfig, device: torch.device) -> list[Work]:
             for p, k in found
         ]
     dtype = _dtype(config.dtype, device)
+    check_choice("--backend", config.backend, Backend)
+    backend = cast(Backend, config.backend)
+    for rank in config.rank or []:
+        if rank < 1:
+            raise ValueError(f"--rank is {rank}; expected at least 1. Or --mode full, without any")
     modes = [mode for text in config.mode or ["lora"] for mode in text.split(",")]
     for mode in modes:
         check_choice("--mode", mode, Mode)
@@ -148,7 +170,9 @@ def _works(config: TuneConfig, device: torch.device) -> list[Work]:
             for mode in modes:
                 for rank in (config.rank or [16]) if mode == "lora" else [0]:
                     what = f"{layer.name} T={tokens} {mode}{rank or ''}"
-                    run = partial(step, layer, tokens, cast(Mode, mode), rank, dtype, device)
+                    run = partial(
+                        step, layer, tokens, cast(Mode, mode), rank, dtype, device, backend
+                    )
                     works.append((what, run))
     return works
 
@@ -183,7 +207,10 @@ def _device(name: str) -> torch.device:
         import triton  # noqa: F401  # says whether its interpreter is on
     if name == "auto":
         name = "cuda" if visible_gpus() else "cpu"
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise ValueError(f"--device is {name!r}; expected auto, cuda, cuda:N or cpu")
     device = torch.device(name)
+    device_of(device)  # says so where that GPU is not there
     if device.type == "cpu" and not interpreting():
         raise Unsupported(
             "turnout tune times Triton kernels; this machine has no GPU to run them. Run it on the "
@@ -261,7 +288,11 @@ def _print(result: dict[str, Any], console: Console) -> None:
             say(f"failed: {what} with {config}: {one['reason']}")
     for text in result["broken"]:
         say(f"broken: {text}")
+    for text in result["no_memory"]:
+        say(f"not tuned: {text}")
     say(f"{len(result['problems'])} problems tuned, {result['reused']} were in the cache already")
+    if result["fixed"]:
+        say(f"{result['fixed']} problems run in kernels of one config, so there is none to search")
     if result["default_over_tuned"] is not None:
         say(
             f"the analytic default takes {result['default_over_tuned']:.3f} times as long as what "

@@ -25,7 +25,8 @@ def main(places: Sequence[Path], emit: Path | None) -> dict[str, Any]:
         emit: the file to write, for `src/turnout/tuning/configs/`.
 
     Raises:
-        ValueError: no `emit`, a place that is not there, or no search in any report.
+        ValueError: no `emit` or one that can not be written, a place that is not there, or no
+            search in any report.
     """
     if emit is None:
         raise ValueError("--from-reports is given without --emit; name the file to write")
@@ -41,7 +42,10 @@ def main(places: Sequence[Path], emit: Path | None) -> dict[str, Any]:
         )
     pruned = prune(records)
     made = shipped_table(records, pruned)
-    table.write(emit, made)
+    try:
+        table.write(emit, made)
+    except OSError as error:
+        raise ValueError(f"--emit is {emit}, which can not be written: {error}") from None
     console = Console()
     console.print(_summary(pruned))
     for one in pruned:

@@ -14,39 +14,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turnout.device import device_of
 from turnout.experts import gemm_triton
 from turnout.experts.dropout import Dropout, draw_seed
 from turnout.experts.operands import Activate, ActivateBackward, Operand, Tail
 from turnout.ragged import Ragged, sort_by_expert
 from turnout.specs import Activation, GemmProblem
 from turnout.tuning.journal import Journal
-from turnout.tuning.key import FIXED, TILES
+from turnout.tuning.key import FIXED, TILES, checked
 
 _P = 0.1  # of a dropout whose probability is not part of the problem
 
 
-def problems(journal: Journal) -> tuple[list[tuple[GemmProblem, int]], list[str]]:
-    """(problem, experts per token) of every kernel event, each once, and what was left out."""
+def problems(
+    journal: Journal, device: torch.device
+) -> tuple[list[tuple[GemmProblem, int]], list[str]]:
+    """(problem, experts per token) of every kernel event that can run on `device`, each once, and
+    what was left out."""
     found: dict[tuple[GemmProblem, int], None] = {}
     faults = list(journal.faults)
     for line in journal.of("kernel"):
-        if line.get("kernel") in FIXED:
+        kernel = str(line.get("kernel"))
+        if kernel in FIXED:
             continue
-        if line.get("kernel") not in TILES:
-            faults.append(f"kernel {line.get('kernel')!r} is not in this version; it is left out")
+        if kernel not in TILES:
+            faults.append(f"kernel {kernel!r} is not in this version; it is left out")
             continue
         try:
-            found[_problem(line["problem"]), int(line["top_k"])] = None
-        except (KeyError, TypeError, ValueError) as error:
-            faults.append(f"a problem can not be read ({error!r}); it is left out")
+            problem, top_k = _problem(checked(line, "problem", dict)), checked(line, "top_k", int)
+        except (TypeError, ValueError) as error:
+            faults.append(f"a problem can not be read ({error}); it is left out")
+            continue
+        reason = gemm_triton.rejects(problem, device_of(device))
+        if reason is None:
+            found[problem, top_k] = None
+        else:
+            faults.append(f"a problem can not run here: the back end {reason}; it is left out")
     return list(found), faults
 
 
 def _problem(values: dict[str, Any]) -> GemmProblem:
     names = {f.name for f in fields(GemmProblem) if f.init}
     known = {name: value for name, value in values.items() if name in names}
+    for name in ("rows", "experts", "n", "k"):
+        if checked(known, name, int) < 1:
+            raise ValueError(f"{name} is {known[name]}; expected at least 1")
     if known.get("activation") is not None:
-        known["activation"] = Activation(**known["activation"])
+        known["activation"] = Activation(**checked(known, "activation", dict))
     return GemmProblem(**known)
 
 

@@ -21,6 +21,7 @@ from turnout.shapes import Shape, shape_named
 from turnout.specs import Activation, ExpertSpec
 
 Mode = Literal["lora", "full"]
+Backend = Literal["auto", "triton"]  # the others have no configs to search
 STD = 0.02
 PLAIN = ExpertSpec()  # silu, gate and up in two halves
 
@@ -78,9 +79,15 @@ def _plain(shape: Shape, spec: ExpertSpec = PLAIN, has_bias: bool = False) -> La
 
 
 def step(
-    layer: Layer, tokens: int, mode: Mode, rank: int, dtype: torch.dtype, device: torch.device
+    layer: Layer,
+    tokens: int,
+    mode: Mode,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: Backend = "auto",
 ) -> None:
-    """Forward and backward once through the Triton back end.
+    """Forward and backward once. With `auto` each product goes where a training step has it.
 
     `lora`: base weights frozen, adapters of that rank in float32 and PEFT's storage. `full`: base
     weights train, no adapters.
@@ -120,5 +127,5 @@ def step(
     leaves = [x, weights_TK, *trained]
     for leaf in leaves:
         leaf.requires_grad_()
-    out = expert_mlp(x, chosen, weights_TK, weights, layer.spec, lora=lora, backend="triton")
+    out = expert_mlp(x, chosen, weights_TK, weights, layer.spec, lora=lora, backend=backend)
     torch.autograd.grad(out, leaves, normal(tokens, hidden, scale=1.0))

@@ -9,6 +9,7 @@ once per machine. A search that runs out of time or memory leaves the problem as
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +45,9 @@ class Tuner:
     """Searches what it is asked for the first time, within a budget of seconds.
 
     Args:
-        seconds_left: for all searches together; None is no limit.
+        seconds_left: for all searches together, and for waiting for those of other processes;
+            None is no limit.
+        until: of `time.monotonic`; no further candidate is tried after that.
         keep_shipped: a shipped config of the right bucket and device is an answer. `turnout tune`
             says False: who calls it wants this machine's own.
         quick, thorough: timed calls, as in `turnout.tuning.search.Effort`.
@@ -56,6 +59,7 @@ class Tuner:
         self,
         *,
         seconds_left: float | None = RUN_SECONDS,
+        until: float = math.inf,
         keep_shipped: bool = True,
         quick: int = 5,
         thorough: int = 30,
@@ -67,8 +71,10 @@ class Tuner:
         self.entries: list[Entry] = []  # what was searched
         self.reused: list[Entry] = []  # of problems that were in the cache already
         self.broken: list[str] = []  # problems whose own config fails, and why
+        self.no_memory: list[str] = []  # problems that there was no memory to search
         self.is_out_of_time = False
-        self._left = float("inf") if seconds_left is None else seconds_left
+        self._left = math.inf if seconds_left is None else seconds_left
+        self._until = until
         self._quick, self._thorough = quick, thorough
         self._done: set[tuple[Key, int]] = set()
         self._on_trial, self._on_entry, self._clock = on_trial, on_entry, clock
@@ -90,23 +96,34 @@ class Tuner:
         """Searches and stores, unless another process did meanwhile."""
         with self._lock:
             store = cache.store()
-            with store.searching(ask, self._left):
-                if not self.wants(ask):
-                    return
-                self._done.add((ask.key, bucket_of(ask.rows)))
-                started = time.monotonic()
-                entry = self._search(ask, default, trial, store)
-                self._left -= time.monotonic() - started
-                if entry is None:
-                    return
-                store.put([entry])
+            started = time.monotonic()
+            try:
+                entry = self._found(ask, default, trial, store)
+            finally:
+                self._left = max(0.0, self._left - (time.monotonic() - started))
+            if entry is None:
+                return
             self.entries.append(entry)
             if self._on_entry is not None:
                 self._on_entry(entry)
 
-    def _search(self, ask: Ask, default: Config, trial: Trial, store: cache.Store) -> Entry | None:
+    def _found(self, ask: Ask, default: Config, trial: Trial, store: cache.Store) -> Entry | None:
+        """Waits for another process that searches the same; None if there is nothing to add."""
+        started = time.monotonic()
+        seconds = max(0.0, min(self._left, self._until - started))
+        with store.searching(ask, seconds):
+            if not self.wants(ask):
+                return None
+            self._done.add((ask.key, bucket_of(ask.rows)))
+            entry = self._search(ask, default, trial, store, started + seconds)
+            if entry is not None:
+                store.put([entry])
+            return entry
+
+    def _search(
+        self, ask: Ask, default: Config, trial: Trial, store: cache.Store, deadline: float
+    ) -> Entry | None:
         """None if the problem stays as it was; a message says why."""
-        deadline = time.monotonic() + self._left
         stored = store.find(ask)
         try:
             return search(
@@ -123,7 +140,9 @@ class Tuner:
             self.is_out_of_time = True
             log.warning("tuning is out of time; what is left runs with stored or default configs")
         except torch.OutOfMemoryError:
-            log.warning("%s at %d rows: no memory to tune beside what runs", ask.key, ask.rows)
+            text = f"{ask.key} at {ask.rows} rows: no memory to tune beside what runs"
+            self.no_memory.append(text)
+            log.warning("%s", text)
         except IncumbentFails as error:
             self.broken.append(str(error))
             log.warning("%s", error)
@@ -137,7 +156,7 @@ def _capturing() -> bool:
 
 _owners: WeakSet[Any] = WeakSet()
 _in_runs: list[Tuner] = []  # the one of `start`, if there is any
-_stack: list[Tuner] = []
+_stack: list[Tuner | None] = []
 
 
 def current() -> Tuner | None:
@@ -174,3 +193,13 @@ def tuning(tuner: Tuner) -> Iterator[Tuner]:
         yield tuner
     finally:
         _stack.remove(tuner)
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Within it nobody tunes: host code runs to see what it would launch."""
+    _stack.append(None)
+    try:
+        yield
+    finally:
+        _stack.remove(None)

@@ -5,11 +5,14 @@
 {"event": "autotuner", ...}               one choice of another library's autotuner
 {"event": "roof", ...}                    measured peaks of a device
 {"event": "experts", "step": n, ...}      load of the experts at a logging step
+
+A number that is not finite is written as null: JSON has none.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,12 +51,22 @@ def append(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     Raises:
         OSError: the file can not be written, or the disk is full.
     """
-    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    text = "".join(json.dumps(_finite(line), allow_nan=False) + "\n" for line in lines)
     path.parent.mkdir(parents=True, exist_ok=True)
     if _is_cut_off(path):
         text = "\n" + text
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for every number that is not finite, as the entropy of a model that
+    diverged."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_cut_off(path: Path) -> bool:

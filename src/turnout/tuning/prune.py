@@ -89,10 +89,11 @@ def records_of(journal: Journal) -> tuple[list[Record], list[str]]:
 
 def _record(line: dict[str, Any]) -> Record | None:
     """None for a problem that was not searched."""
-    if line.get("kernel") in FIXED:
+    kernel = checked(line, "kernel", str)
+    if kernel in FIXED:
         return None
-    if line.get("kernel") not in TILES:
-        raise ValueError(f"kernel {line.get('kernel')!r} is not in this version")
+    if kernel not in TILES:
+        raise ValueError(f"kernel {kernel!r} is not in this version")
     if line.get("search") is None:
         return None
     key = checked(line, "key", dict)

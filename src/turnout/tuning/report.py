@@ -150,11 +150,14 @@ def autotuners() -> tuple[list[dict[str, Any]], int]:
     found: list[dict[str, Any]] = []
     num_single = 0
     for tuner in [one for one in gc.get_objects() if issubclass(type(one), kind)]:
+        facts = vars(tuner)
+        if not {"configs", "cache", "keys", "base_fn"} <= facts.keys():
+            continue  # its making failed, and the error's traceback holds it
         if len(tuner.configs) < 2:
             num_single += 1
             continue
-        for key, config in dict(tuner.cache).items():
-            found.append(_choice(tuner, key, config))
+        choices = dict(tuner.cache).items()
+        found += [_choice(tuner, *one) for one in choices if isinstance(one[1], module.Config)]
     found.sort(key=lambda one: (one["module"], one["kernel"], str(one["key"])))
     return found, num_single
 
@@ -171,7 +174,7 @@ def _choice(tuner: Any, key: tuple[Any, ...], config: Any) -> dict[str, Any]:
     return {
         "event": "autotuner",
         "kernel": function.__name__,
-        "module": function.__module__,
+        "module": str(function.__module__),
         "key": dict(zip(labels, map(_plain, values), strict=True)),
         "dtypes": [str(one) for one in dtypes],
         "config": {

@@ -31,7 +31,7 @@ def kernels(events: Sequence[Event]) -> Table:
     for event in events:
         key, search = inner(event, "key"), inner(event, "search")
         what = [str(key.get("epilogue"))] if key.get("epilogue") != "none" else []
-        what += [str(name).removeprefix("activation_") for name in key.get("layout", [])]
+        what += [str(name).removeprefix("activation_") for name in listed(key, "layout")]
         times = ("winner_s", "runner_up_s", "incumbent_s", "default_s")
         out.add_row(
             str(event.get("kernel")),
@@ -44,8 +44,8 @@ def kernels(events: Sequence[Event]) -> Table:
             str(event.get("source")),
             *(milliseconds(search.get(name)) for name in times),
             *(str(search.get(name, "")) for name in ("tried", "pruned")),
-            str(len(search["failed"])) if "failed" in search else "",
-            f"{search['seconds']:.1f}" if "seconds" in search else "",
+            str(len(listed(search, "failed"))) if "failed" in search else "",
+            number(search.get("seconds"), digits=1),
         )
     return out
 
@@ -64,6 +64,12 @@ def inner(event: Event, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def listed(event: Event, name: str) -> list[Any]:
+    """The list called `name` in an event; empty if there is none."""
+    found = event.get(name)
+    return found if isinstance(found, list) else []
+
+
 def short(config: dict[str, Any]) -> str:
     """A config in one line: `BN=128 BK=64 group=4 s=3 w=8`."""
     words = {
@@ -74,9 +80,15 @@ def short(config: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in words.items())
 
 
-def milliseconds(seconds: float | None) -> str:
+def milliseconds(seconds: Any) -> str:
     """With three decimals; nothing for a time that was not taken."""
-    return "" if seconds is None else f"{1e3 * seconds:.3f}"
+    return number(seconds, 1e3)
+
+
+def number(value: Any, scale: float = 1.0, digits: int = 3) -> str:
+    """`value * scale` in words; nothing where a file holds no number there."""
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{scale * value:.{digits}f}" if is_one else ""
 
 
 def _dtypes(key: dict[str, Any]) -> str:

@@ -95,8 +95,14 @@ def _candidates(
     path: Path, found: dict[str, Any]
 ) -> dict[tuple[Family, int | None], tuple[Config, ...]]:
     lists: dict[tuple[Family, int | None], tuple[Config, ...]] = {}
-    for one in found.get("candidates", []):
+    listed = found.get("candidates", [])
+    if not isinstance(listed, list):
+        log.warning("%s: candidates is %r; expected a list. They are left out", path, listed)
+        return lists
+    for one in listed:
         try:
+            if not isinstance(one, dict):
+                raise ValueError(f"it is {one!r}; expected an object")
             family = Family(
                 kernel=checked(one, "kernel", str),
                 tile_rows=checked(one, "tile_rows", int),
