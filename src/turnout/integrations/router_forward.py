@@ -9,6 +9,7 @@ Legend: T tokens, K experts per token, E experts, H hidden.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.integrations import checkpoints
-from turnout.integrations.architectures import get_path
+from turnout.integrations.architectures import get_path, other_forward
 from turnout.integrations.router_outputs import Output, decide, exactly, pack
 from turnout.integrations.router_rules import Rule
 from turnout.integrations.routers import module_logits
@@ -184,7 +185,31 @@ def swap_state(module: nn.Module) -> RouterState | None:
 def is_swapped(module: nn.Module) -> bool:
     """The module runs one of the forwards of this file."""
     state = swap_state(module)
-    return state is not None and not state.own
+    return state is not None and not state.own and not lost_forward(module)
+
+
+def is_ours(bound: Any) -> bool:
+    """A forward of this file, or a wrapper that names it: accelerate's hooks."""
+    inner = inspect.unwrap(bound)
+    return isinstance(inner, partial) and inner.func in (router_forward, block_route)
+
+
+def is_class_own(module: nn.Module, name: str) -> bool:
+    """The instance has the function of its class; `kernels` binds it where it has no layer."""
+    function = getattr(vars(module)[name], "__func__", None)  # of a bound method, kernels 0.16
+    return function is not None and function is getattr(type(module), name)
+
+
+def lost_forward(module: nn.Module) -> str:
+    """What a module that was given a forward of this file runs instead, or an empty string."""
+    rule = vars(module)[STATE].rule
+    name = METHOD if rule is not None and rule.output.method != "router" else "forward"
+    bound = vars(module).get(name)
+    if bound is not None and is_ours(bound):
+        return ""
+    if bound is None or is_class_own(module, name):
+        return f"its own {name} was put back, as use_kernels does; call turnout.patch(model) again"
+    return other_forward(module) or f"the instance has a {name} of another library"
 
 
 def swap(module: Any, state: RouterState) -> None:
