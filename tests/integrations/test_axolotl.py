@@ -307,6 +307,17 @@ def test_real_run_trains_what_a_stock_run_trains(inputs: Path, kind: str) -> Non
 
 
 @pytest.mark.slow
+def test_adapters_that_trl_adds_for_preference_training_are_folded(inputs: Path) -> None:
+    """For DPO axolotl gives TRL the LoRA config, after every hook of a plugin on the model."""
+    data = {"path": str(inputs / "pairs.jsonl"), "ds_type": "json", "type": "passthrough"}
+    keys = {"rl": "dpo", "datasets": [data], "plugins": [PLUGIN], **LORA}
+    status, output = train(inputs, "dpo", probed=True, **keys)
+    assert status == 0, output
+    # three steps of two layers: the policy with two adapters, the reference without
+    assert output.splitlines()[-1] == "experts 12 fused 12 folds 0", output
+
+
+@pytest.mark.slow
 def test_real_run_with_a_conflict_ends_with_the_reason(inputs: Path) -> None:
     status, output = train(inputs, "conflict", plugins=[PLUGIN], use_scattermoe=True)
     assert status != 0
