@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from hf_models import forward, relative, tiny
 from test_router_fused import live_routers
 from torch import nn
@@ -42,6 +43,29 @@ def test_a_forward_put_over_ours_is_called_fused() -> None:
     assert "the instance has the forward" in report.routers[0].detail
     with pytest.raises(Unsupported, match=r"router model \(the instance has the forward"):
         report.require("fused")
+
+
+def test_patch_and_unpatch_break_a_router_that_accelerate_hooked_in_between() -> None:
+    """Its wrapper keeps our forward, and calls it after `unpatch`."""
+    model = tiny(KEY)
+    expected, seen = forward(model, KEY), []
+
+    class Hook(ModelHook):
+        def post_forward(self, module: nn.Module, output: Any) -> Any:
+            seen.append(1)
+            return output
+
+    turnout.patch(model, router="fused")
+    for router in live_routers(model):
+        add_hook_to_module(router, Hook())
+    turnout.patch(model, router="fused").require("fused")
+    assert relative(forward(model, KEY), expected) < 1e-5
+    turnout.unpatch(model)
+    assert torch.equal(forward(model, KEY), expected)
+    assert len(seen) == 4
+    for router in live_routers(model):
+        remove_hook_from_module(router)
+    assert torch.equal(forward(model, KEY), expected)
 
 
 def test_our_forward_is_not_missed_where_the_class_own_one_was_put_back() -> None:

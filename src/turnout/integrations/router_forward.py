@@ -124,7 +124,10 @@ def router_forward(
         args, kwargs: the one further argument that some routers take: the correction bias, the
             input ids of a hash router, zaya's router states.
     """
-    state: RouterState = vars(module)[STATE]
+    state: RouterState | None = vars(module).get(STATE)
+    if state is None or state.own:  # unpatched below accelerate's hook, which kept this forward
+        own: tuple[Tensor, ...] = type(module).forward(module, hidden_states, *args, **kwargs)
+        return own
     rule = state.rule
     assert rule is not None
     extra = next((value for value in (*args, *kwargs.values())), None)
@@ -190,7 +193,7 @@ def is_swapped(module: nn.Module) -> bool:
 
 def is_ours(bound: Any) -> bool:
     """A forward of this file, or a wrapper that names it: accelerate's hooks."""
-    inner = inspect.unwrap(bound)
+    inner = None if bound is None else inspect.unwrap(bound)
     return isinstance(inner, partial) and inner.func in (router_forward, block_route)
 
 
@@ -205,7 +208,7 @@ def lost_forward(module: nn.Module) -> str:
     rule = vars(module)[STATE].rule
     name = METHOD if rule is not None and rule.output.method != "router" else "forward"
     bound = vars(module).get(name)
-    if bound is not None and is_ours(bound):
+    if is_ours(bound):
         return ""
     if bound is None or is_class_own(module, name):
         return f"its own {name} was put back, as use_kernels does; call turnout.patch(model) again"
@@ -219,7 +222,9 @@ def swap(module: Any, state: RouterState) -> None:
         return
     assert state.rule is not None
     if state.rule.output.method == "router":
-        module.forward = partial(router_forward, module)
+        bound = vars(module).get("forward")
+        if not is_ours(bound) or inspect.unwrap(bound) is bound:  # a wrapper of ours stays
+            module.forward = partial(router_forward, module)
     else:
         vars(module)[METHOD] = partial(block_route, module)
 
