@@ -57,7 +57,7 @@ def tiny_model() -> Any:
 
 
 def write_inputs(folder: Path) -> None:
-    """`model`, `adapter` (A and B random) and `data.jsonl` in `folder`."""
+    """`model`, `adapter` (A and B random), `data.jsonl` and `pairs.jsonl` in `folder`."""
     vocab = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -82,6 +82,10 @@ def write_inputs(folder: Path) -> None:
         for _ in range(16):
             picks = torch.randint(len(WORDS), (20,), generator=generator).tolist()
             file.write(json.dumps({"text": " ".join(WORDS[i] for i in picks)}) + "\n")
+    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
+        for i in range(16):
+            pair = {"prompt": "w1 w2", "chosen": f"w{i} w4", "rejected": f"w{i + 3} w9"}
+            file.write(json.dumps(pair) + "\n")
 
 
 def config(folder: Path, name: str, **keys: Any) -> dict[str, Any]:
@@ -113,8 +117,22 @@ def config(folder: Path, name: str, **keys: Any) -> dict[str, Any]:
     }
 
 
-def train(folder: Path, name: str, **keys: Any) -> tuple[int, str]:
-    """`axolotl train` in a process of its own: the exit status and all it printed."""
+# `axolotl train` in the process that counts what ran
+_PROBED = """
+import sys
+from axolotl.cli.train import do_cli
+from hf_models import probe
+with probe() as ran:
+    do_cli(config=sys.argv[1])
+print("experts", len(ran.calls), "fused", ran.fused_projections, "folds", ran.folds)
+"""
+
+
+def train(folder: Path, name: str, *, probed: bool = False, **keys: Any) -> tuple[int, str]:
+    """`axolotl train` in a process of its own: the exit status and all it printed.
+
+    `probed`: the last line has the calls of turnout's experts, adapters in them, and PEFT's folds.
+    """
     path = folder / f"{name}.yml"
     path.write_text(json.dumps(config(folder, name, **keys)), encoding="utf-8")  # JSON is YAML
     environment = {
@@ -122,9 +140,10 @@ def train(folder: Path, name: str, **keys: Any) -> tuple[int, str]:
         "AXOLOTL_DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "home"),
-        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests" / "integrations"))),
     }
-    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(path), "--launcher", "python"]
+    axolotl = ["-m", "axolotl.cli.main", "train", str(path), "--launcher", "python"]
+    command = [sys.executable, *(["-c", _PROBED, str(path)] if probed else axolotl)]
     done = subprocess.run(
         command,
         env=environment,

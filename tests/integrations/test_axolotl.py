@@ -18,12 +18,14 @@ import torch
 import yaml
 from axolotl.cli.config import plugin_set_cfg, prepare_plugins
 from axolotl.integrations.base import BasePlugin, PluginManager
+from axolotl.integrations.liger.models.qwen3_5_moe import apply_liger_kernel_to_qwen3_5_moe
 from axolotl.kernels.lora import apply_lora_mlp_swiglu
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
-from axolotl.utils.config import validate_config
+from axolotl.utils.config import normalize_config, validate_config
 from axolotl.utils.dict import DictDefault
 from axolotl_cases import LORA, PLUGIN, ROOT, config, tiny_model, train, write_inputs
 from hf_models import probe, relative, with_lora
+from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Qwen3MoeForCausalLM
@@ -37,6 +39,7 @@ from turnout.integrations.state import state_of
 from turnout.integrations.trainer import TurnoutCallback
 from turnout.specs import Unsupported
 
+LIGER = "axolotl.integrations.liger.LigerPlugin"
 CAPABILITIES = {"bf16": False, "fp8": False, "tf32": False, "n_gpu": 1, "compute_capability": None}
 
 
@@ -156,6 +159,27 @@ def test_default_of_dense_mixer_is_seen_before_loading(inputs: Path) -> None:
     cfg = validated(inputs, plugins=("axolotl.integrations.densemixer.DenseMixerPlugin", PLUGIN))
     assert cfg.dense_mixer is True
     with pytest.raises(ValueError, match="dense_mixer is True"):
+        TurnoutPlugin().pre_model_load(cfg)
+
+
+def test_liger_takes_experts_of_a_model_that_the_rules_do_not_name() -> None:
+    """The functions that axolotl's Liger plugin calls, by the class that they give to experts."""
+    found = {
+        name
+        for name, function in MODEL_TYPE_TO_APPLY_LIGER_FN.items()
+        if "LigerExperts" in function.__code__.co_names and name not in ("qwen3_5", "qwen3_5_moe")
+    }
+    assert found == set(rules.LIGER_EXPERTS)
+    assert "LigerExperts" not in apply_liger_kernel_to_qwen3_5_moe.__code__.co_names
+
+
+@pytest.mark.parametrize("liger_first", [True, False])
+def test_liger_takes_the_experts_and_the_model_is_loaded(inputs: Path, liger_first: bool) -> None:
+    plugins = [LIGER, PLUGIN] if liger_first else [PLUGIN, LIGER]
+    cfg = validated(inputs, plugins=tuple(plugins), liger_glu_activation=True)
+    normalize_config(cfg)
+    words = r"liger_glu_activation is True; expected false.*qwen3_moe"
+    with pytest.raises(ValueError, match=words):
         TurnoutPlugin().pre_model_load(cfg)
 
 
@@ -280,6 +304,17 @@ def test_real_run_trains_what_a_stock_run_trains(inputs: Path, kind: str) -> Non
             assert relative(tensor, start[name]) > 1e-3, f"{name} was not trained"
     lines = (inputs / f"turnout-{kind}" / "turnout-report.jsonl").read_text().splitlines()
     assert "experts" in {json.loads(line)["event"] for line in lines}
+
+
+@pytest.mark.slow
+def test_adapters_that_trl_adds_for_preference_training_are_folded(inputs: Path) -> None:
+    """For DPO axolotl gives TRL the LoRA config, after every hook of a plugin on the model."""
+    data = {"path": str(inputs / "pairs.jsonl"), "ds_type": "json", "type": "passthrough"}
+    keys = {"rl": "dpo", "datasets": [data], "plugins": [PLUGIN], **LORA}
+    status, output = train(inputs, "dpo", probed=True, **keys)
+    assert status == 0, output
+    # three steps of two layers: the policy with two adapters, the reference without
+    assert output.splitlines()[-1] == "experts 12 fused 12 folds 0", output
 
 
 @pytest.mark.slow

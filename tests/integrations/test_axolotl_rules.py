@@ -56,6 +56,23 @@ def test_what_does_not_take_the_experts_is_not_refused(cfg: dict[str, Any]) -> N
     assert rules.refusals(cfg) == []
 
 
+@pytest.mark.parametrize(
+    ("model_type", "is_refused"),
+    [("qwen3_moe", True), ("mixtral", True), ("gpt_oss", False), ("qwen3_5_moe", False)],
+)
+def test_liger_takes_the_experts_in_silence(model_type: str, is_refused: bool) -> None:
+    """`liger_glu_activation` is about dense MLPs with some models and about experts with others."""
+    cfg = {"liger_glu_activation": True, "model_config_type": model_type}
+    texts, notes = rules.refusals(cfg), rules.notes(cfg)
+    assert (len(texts), len(notes)) == (is_refused, not is_refused)
+    if is_refused:
+        assert texts[0].startswith("liger_glu_activation is True; expected false with TurnoutPlug")
+        assert model_type in texts[0]
+    else:
+        assert notes[0].startswith("liger_glu_activation stays on for dense and shared MLPs")
+    assert rules.refusals({**cfg, "liger_glu_activation": False}) == []
+
+
 def test_every_conflict_is_named_at_once() -> None:
     cfg = {"use_scattermoe": True, "experts_implementation": "scattermoe", "dense_mixer": True}
     assert [text.split()[0] for text in rules.refusals(cfg)] == [

@@ -114,6 +114,26 @@ def test_hooks_on_block_router_and_experts_fire() -> None:
     assert seen == ["router", "experts", "block"]
 
 
+@pytest.mark.parametrize("key", ["qwen3_5_moe_text", "laguna"])
+def test_a_router_that_names_a_layer_is_called_fused_or_loses_its_hooks(key: str) -> None:
+    """transformers 5.23 has no layer for the name, so `kernels` binds the class's own forward."""
+    model = tiny(key)
+    routers = [one for one in model.modules() if type(one).__name__.endswith("TopKRouter")]
+    if not hasattr(type(routers[0]), "kernel_layer_name"):
+        pytest.skip(f"the router of {key} names no kernel layer in this transformers")
+    expected, seen = forward(model, key), []
+    for router in routers:
+        router.register_forward_hook(lambda *_: seen.append(1))
+    report = turnout.patch(model, router="fused").require("fused")
+    model.set_use_kernels(True)
+    with pytest.raises(Unsupported, match=r"its own forward was put back, as use_kernels does"):
+        report.require("fused")
+    assert relative(forward(model, key), expected) < 1e-5
+    turnout.patch(model, router="fused").require("fused")
+    assert relative(forward(model, key), expected) < 1e-5
+    assert len(seen) == 2 * len(routers)
+
+
 def test_router_logits_and_aux_loss_are_the_models() -> None:
     ids = torch.arange(2, 18)[None]
     outs = [

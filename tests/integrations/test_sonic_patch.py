@@ -22,6 +22,7 @@ from hf_models import (
 )
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import fake_sonicmoe
 import turnout
@@ -177,6 +178,38 @@ def test_the_experts_alone_have_another_state() -> None:
     assert_bits(bits(experts), {n: t + 1 for n, t in values.items()})
 
 
+def test_another_class_on_top_loses_the_file_order() -> None:
+    """A parametrization gives the experts a subclass of the guarded class, as FSDP2 does."""
+    model = tiny(KEY)
+    expected, values = forward(model, KEY), bits(model)
+    turnout.patch(model, backend="sonic")
+    experts = experts_of(model)[0]
+    nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
+    name = next(n for n in values if n.endswith("gate_up_proj"))
+    assert torch.equal(model.state_dict()[name], values[name])
+    assert relative(forward(model, KEY), expected) < 1e-5
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(Unsupported, match=r"gate_up_proj of .*Qwen3MoeExperts has its gate and up"):
+        _ = experts.gate_up_proj
+    with pytest.raises(Unsupported, match=r"another class since turnout\.patch"):
+        turnout.unpatch(model)
+    nn.utils.parametrize.remove_parametrizations(experts, "down_proj")
+    turnout.unpatch(model)
+    assert_bits(bits(model), values)
+    assert torch.equal(forward(model, KEY), expected)
+
+
+def test_compiled_code_computes_in_it_in_silence() -> None:
+    model = tiny(KEY)
+    expected = forward(model, KEY)
+    turnout.patch(model, backend="sonic")
+    torch._dynamo.reset()
+    whole = torch.compile(experts_of(model)[0], backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="does not run in compiled code"):
+        whole(torch.zeros(3, 64), torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2))
+    assert relative(forward(torch.compile(model, backend="eager"), KEY), expected) < 1e-5
+
+
 GUARD = r"gate_up_proj of Qwen3MoeExperts has its gate and up rows interleaved.*unpatch\(model\)"
 
 
@@ -213,6 +246,14 @@ def test_reordered_rows_are_handed_out(touch: Any) -> None:
     forward(model, KEY)
     turnout.unpatch(model)
     assert changes(before, snapshot(model)) == []
+
+
+@pytest.mark.parametrize("call", [get_model_state_dict, lambda m: set_model_state_dict(m, bits(m))])
+def test_distributed_checkpoints_have_the_other_order(call: Any) -> None:
+    model = tiny(KEY)
+    turnout.patch(model, backend="sonic")
+    with pytest.raises(Unsupported, match=GUARD):
+        call(model)
 
 
 def test_peft_attaches_to_reordered_rows() -> None:
@@ -291,14 +332,18 @@ def test_peft_merges_into_reordered_rows(targets: Any) -> None:
     assert relative(forward(merged, KEY), expected) < 1e-4
 
 
-def test_two_active_adapters_fold_into_reordered_rows() -> None:
-    model = with_lora(tiny(KEY))
+@pytest.mark.parametrize("targets", [None, ["mlp.experts.down_proj"]])
+def test_two_active_adapters_are_folded_by_peft(targets: Any) -> None:
+    options = {} if targets is None else {"target_parameters": targets}
+    model = with_lora(tiny(KEY), **options)
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     model.base_model.set_adapter(["default", "other"])
     report = turnout.patch(model, backend="sonic-merged")
     assert set(report.adapters.values()) == {"raises: 2 adapters are active"}
-    with pytest.raises(Unsupported, match=GUARD):
+    with pytest.raises(Unsupported, match=r"2 adapters are active.*one active adapter.*unpatch"):
         forward(model, KEY)
+    model.base_model.set_adapter(["other"])
+    forward(model, KEY)
 
 
 def test_a_disabled_adapter_is_merged() -> None:

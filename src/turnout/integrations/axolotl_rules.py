@@ -37,6 +37,19 @@ OWN_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 # where the forwards of `lora_mlp_kernel` come from
 LORA_KERNELS = "axolotl.kernels."
 
+# model types whose routed experts Liger 0.8 takes with `liger_glu_activation`; not qwen3_5_moe,
+# for which axolotl has its own
+LIGER_EXPERTS = (
+    "glm4v_moe",
+    "hunyuan_v1_moe",
+    "mixtral",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_vl_moe",
+    "qwen3_vl_moe_text",
+)
+
 Config = Mapping[str, Any]
 
 
@@ -61,6 +74,10 @@ def refusals(cfg: Config) -> list[str]:
     if cfg.get("dense_mixer"):
         why = "replaces the forward of the MoE blocks by one that runs every expert"
         found.append(_refused("dense_mixer", cfg["dense_mixer"], "not set", why))
+    model_type = cfg.get("model_config_type")  # axolotl sets it before it loads the model
+    if cfg.get("liger_glu_activation") and model_type in LIGER_EXPERTS:
+        why = f"gives the routed experts of {model_type} to Liger"
+        found.append(_refused("liger_glu_activation", True, "false", why))
     return found
 
 
@@ -85,6 +102,11 @@ def notes(cfg: Config) -> list[str]:
             "lora_mlp_kernel stays on for dense MLPs with LoRA on gate_proj, up_proj and "
             "down_proj; the routed experts and their adapters are turnout's. An MoE block that it "
             "takes over is refused after loading"
+        )
+    if cfg.get("liger_glu_activation") and cfg.get("model_config_type") not in LIGER_EXPERTS:
+        found.append(
+            "liger_glu_activation stays on for dense and shared MLPs; the routed experts are "
+            "turnout's, see the summary after loading"
         )
     if cfg.get("use_kernels"):
         found.append(

@@ -95,7 +95,7 @@ def _reorder(parameter: Any, order: Any) -> None:
 
 def _to_usual(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """State-dict hook: a copy of the stack in the usual order."""
-    name = vars(type(module))[_NAME]
+    name: str = getattr(type(module), _NAME)  # of a base class, where another one came on top
     key = prefix + name
     if key in state_dict:
         state_dict[key] = halves(state_dict[key], 1)
@@ -105,7 +105,7 @@ def _from_usual(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local: Any, *_: Any
 ) -> None:
     """Load-state-dict hook; a stack of another shape is left for torch to refuse."""
-    name = vars(type(module))[_NAME]
+    name: str = getattr(type(module), _NAME)
     given, parameter = state_dict.get(prefix + name), module._parameters[name]
     if given is None or parameter is None or given.shape != parameter.shape:
         return

@@ -41,6 +41,7 @@ from turnout.integrations.sonic import (
     guard_merging,
     merge_cost,
     refuse_adapters,
+    refuse_fold,
     release_merging,
 )
 from turnout.integrations.state import LayerState, state_of
@@ -214,7 +215,10 @@ def _activate(wrapper: Any, active_adapters: list[str]) -> Iterator[None]:
     adapters = [name for name in (active_adapters or []) if name in wrapper.lora_A]
     base, name = wrapper.get_base_layer(), wrapper.parameter_name
     state: LayerState | None = state_of(base)
-    if not adapters or state is None or _not_fused(wrapper, adapters, state.layout) is not None:
+    reason = _not_fused(wrapper, adapters, state.layout) if adapters and state else None
+    if reason is not None and state is not None and state.interleaved is not None:
+        refuse_fold(wrapper, reason)
+    if not adapters or state is None or reason is not None:
         with type(wrapper)._activate_lora(wrapper, active_adapters):
             yield
         return

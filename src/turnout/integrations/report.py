@@ -23,7 +23,7 @@ from turnout.integrations.architectures import (
     stack_at,
     stack_holder,
 )
-from turnout.integrations.router_forward import STATE
+from turnout.integrations.router_forward import STATE, lost_forward
 from turnout.integrations.router_places import Place, places, why_definition
 from turnout.integrations.sonic import describe
 from turnout.integrations.state import state_of
@@ -129,6 +129,8 @@ class RouterRow:
             detail = f"router={router!r}" if router == "model" else "turnout.unpatch was called"
         elif state.own:
             detail = state.own
+        elif lost := lost_forward(place.modules[0]):
+            detail = lost
         elif state.kernel:
             reason, status = why_definition(place), "fused"
             detail = f"definition in PyTorch: {reason}" if reason else "kernel"

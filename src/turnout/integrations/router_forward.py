@@ -9,6 +9,7 @@ Legend: T tokens, K experts per token, E experts, H hidden.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.integrations import checkpoints
-from turnout.integrations.architectures import get_path
+from turnout.integrations.architectures import get_path, other_forward
 from turnout.integrations.router_outputs import Output, decide, exactly, pack
 from turnout.integrations.router_rules import Rule
 from turnout.integrations.routers import module_logits
@@ -123,7 +124,10 @@ def router_forward(
         args, kwargs: the one further argument that some routers take: the correction bias, the
             input ids of a hash router, zaya's router states.
     """
-    state: RouterState = vars(module)[STATE]
+    state: RouterState | None = vars(module).get(STATE)
+    if state is None or state.own:  # unpatched below accelerate's hook, which kept this forward
+        own: tuple[Tensor, ...] = type(module).forward(module, hidden_states, *args, **kwargs)
+        return own
     rule = state.rule
     assert rule is not None
     extra = next((value for value in (*args, *kwargs.values())), None)
@@ -184,7 +188,31 @@ def swap_state(module: nn.Module) -> RouterState | None:
 def is_swapped(module: nn.Module) -> bool:
     """The module runs one of the forwards of this file."""
     state = swap_state(module)
-    return state is not None and not state.own
+    return state is not None and not state.own and not lost_forward(module)
+
+
+def is_ours(bound: Any) -> bool:
+    """A forward of this file, or a wrapper that names it: accelerate's hooks."""
+    inner = None if bound is None else inspect.unwrap(bound)
+    return isinstance(inner, partial) and inner.func in (router_forward, block_route)
+
+
+def is_class_own(module: nn.Module, name: str) -> bool:
+    """The instance has the function of its class; `kernels` binds it where it has no layer."""
+    function = getattr(vars(module)[name], "__func__", None)  # of a bound method, kernels 0.16
+    return function is not None and function is getattr(type(module), name)
+
+
+def lost_forward(module: nn.Module) -> str:
+    """What a module that was given a forward of this file runs instead, or an empty string."""
+    rule = vars(module)[STATE].rule
+    name = METHOD if rule is not None and rule.output.method != "router" else "forward"
+    bound = vars(module).get(name)
+    if is_ours(bound):
+        return ""
+    if bound is None or is_class_own(module, name):
+        return f"its own {name} was put back, as use_kernels does; call turnout.patch(model) again"
+    return other_forward(module) or f"the instance has a {name} of another library"
 
 
 def swap(module: Any, state: RouterState) -> None:
@@ -194,7 +222,9 @@ def swap(module: Any, state: RouterState) -> None:
         return
     assert state.rule is not None
     if state.rule.output.method == "router":
-        module.forward = partial(router_forward, module)
+        bound = vars(module).get("forward")
+        if not is_ours(bound) or inspect.unwrap(bound) is bound:  # a wrapper of ours stays
+            module.forward = partial(router_forward, module)
     else:
         vars(module)[METHOD] = partial(block_route, module)
 

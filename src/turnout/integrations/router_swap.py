@@ -9,7 +9,6 @@ Legend: T tokens, K experts per token, E experts, H hidden.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +21,8 @@ from turnout.integrations.router_forward import (
     RouterState,
     block_route,
     facts_of,
+    is_class_own,
+    is_ours,
     router_forward,
     swap,
 )
@@ -72,7 +73,7 @@ def _why_own(place: Place, module: Any) -> str:
         return output.own
     name = "forward" if output.method == "router" else METHOD
     bound = vars(module).get(name)
-    if bound is not None and not (isinstance(bound, partial) and bound.func is router_forward):
+    if bound is not None and not is_ours(bound) and not is_class_own(module, name):
         return f"the instance has a {name} of another library"
     try:
         spec_of(place.block)

@@ -293,5 +293,13 @@ def _play(place: Place, module: Any, player: _Player) -> Any:
     state.player = player
     if swapped:
         return partial(setattr, state, "player", None)
+    before = {
+        name: vars(module)[name] for name in (STATE, "forward", METHOD) if name in vars(module)
+    }
     swap(module, state)
-    return partial(restore, module)
+    return partial(_undo_swap, module, before)
+
+
+def _undo_swap(module: Any, before: dict[str, Any]) -> None:
+    restore(module)
+    vars(module).update(before)

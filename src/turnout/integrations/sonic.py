@@ -83,6 +83,16 @@ def refuse_adapters(wrapper: Any, state: LayerState) -> None:
         )
 
 
+def refuse_fold(wrapper: Any, reason: str) -> None:
+    """Raise `Unsupported` where PEFT would fold adapters into stacks beside reordered rows."""
+    raise Unsupported(
+        f"PEFT would fold the adapters on {wrapper.parameter_name} of "
+        f"{type(wrapper.get_base_layer()).__name__} ({reason}), and the rows of gate_up are "
+        f"interleaved in memory for backend={sonic.MERGED!r}; expected one active adapter, and "
+        "turnout's forward. Activate one adapter, or call turnout.unpatch(model)"
+    )
+
+
 def guard_merging(wrapper: Any) -> None:
     """PEFT must not add to or take from a stack whose rows are reordered, not even to `down`.
 
