@@ -29,7 +29,7 @@ import turnout
 
 CHIPS = sorted(SHARED_MEMORY)
 SHOWN = 10
-SPILLED = 64  # bytes of local memory per thread
+SPILLED = 136  # bytes of local memory per thread: the backward epilogue of gpt-oss
 
 
 @pytest.fixture(autouse=True)
