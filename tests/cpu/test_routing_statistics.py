@@ -81,6 +81,15 @@ def test_pieces_change_the_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_a_statistic_reads_a_value_on_the_host(masked: bool) -> None:
+    """Tensors without values have none to wait for."""
+    mask = torch.ones(4, 10, device="meta") if masked else None
+    logits = torch.empty(40, EXPERTS, device="meta")
+    got = routing_statistics(indices().to("meta"), EXPERTS, logits_TE=logits, mask=mask)
+    assert got.load_E.shape == (EXPERTS,)
+
+
 def test_sizes_that_do_not_fit_are_taken() -> None:
     with pytest.raises(ValueError, match="mask has 39 tokens; expected 40"):
         routing_statistics(indices(), EXPERTS, mask=torch.ones(39))

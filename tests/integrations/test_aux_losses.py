@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers import modeling_switch_transformers as switch
 
@@ -87,12 +90,17 @@ def test_pieces_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     def value() -> tuple[Tensor, Tensor]:
         logits = randn(100, 6, dtype=torch.float64).requires_grad_()
         loss = load_balancing_loss((logits,), 2) + router_z_loss(logits)
+        chosen = torch.arange(100).view(20, 5) % 6
+        loss = loss + switch_load_balancing_loss(logits.view(20, 5, 6), chosen)
+        chosen = chosen.view(4, 25)
+        loss = loss + switch_load_balancing_loss(logits.view(4, 25, 6), chosen)
         return loss, torch.autograd.grad(loss, logits)[0]
 
     whole = value()
-    monkeypatch.setattr(losses, "PIECE", 7)
-    for one, other in zip(whole, value(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+    for piece in (7, 16):  # one and three of the short groups at a time
+        monkeypatch.setattr(losses, "PIECE", piece)
+        for one, other in zip(whole, value(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
 
 
 def test_given_experts_are_not_counted() -> None:
@@ -136,6 +144,32 @@ def test_long_sequences_cost_more_than_their_gradient() -> None:
     assert largest_allocation(tokens) <= gradient
 
 
+class Large(TorchDispatchMode):
+    """Counts the tensors of at least `least` bytes that operations allocate."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.found = least, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor) and t.numel() * t.element_size() >= self.least:
+                self.found += t.untyped_storage().data_ptr() not in known
+        return out
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (2, 10_000), (50, 400)], ids=str)
+def test_a_batch_of_short_sequences_is_worked_on_at_once(shape: tuple[int, int]) -> None:
+    """In Switch's loss; what is as large as half of the gradient is the gradient."""
+    logits = randn(*shape, 64).requires_grad_()
+    chosen = torch.randint(64, shape, generator=torch.Generator().manual_seed(1))
+    with Large(logits.numel() * logits.element_size() // 2) as large:
+        torch.autograd.grad(switch_load_balancing_loss(logits, chosen), logits)
+    assert large.found == 1
+
+
 def test_what_is_kept_for_backward_grows_with_the_experts() -> None:
     tokens, kept = 20_000, []
     logits = randn(tokens, 64).requires_grad_()
@@ -148,6 +182,18 @@ def test_what_is_kept_for_backward_grows_with_the_experts() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         load_balancing_loss((logits,), 2) + router_z_loss(logits)
     assert sum(kept) <= 4 * tokens
+
+
+def test_a_loss_reads_a_value_on_the_host() -> None:
+    """Tensors without values have none to wait for."""
+    with torch.device("meta"):
+        logits = torch.empty(30, 8, requires_grad=True)
+        mask, chosen = torch.ones(3, 10), torch.zeros(3, 10, 2, dtype=torch.int64)
+        loss = load_balancing_loss((logits, logits), 2, mask=mask) + router_z_loss(logits)
+        loss = loss + load_balancing_loss((logits,), 2, experts=(chosen.flatten(0, 1),))
+        loss = loss + switch_load_balancing_loss(logits.view(3, 10, 8), chosen)
+        (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.shape == logits.shape
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,14 @@ def pieces(rows: int) -> Iterator[slice]:
         yield slice(first, min(first + PIECE, rows))
 
 
+def _tiles(groups: int, tokens: int) -> Iterator[tuple[slice, slice]]:
+    """The rows of all groups in tiles of at most PIECE: of several short groups, or of one."""
+    step = max(1, PIECE // max(tokens, 1))
+    for first in range(0, groups, step):
+        for piece in pieces(tokens):
+            yield slice(first, min(first + step, groups)), piece
+
+
 class _ProbabilitySums(torch.autograd.Function):
     """sum over t of weight[t] * softmax(z[g, t]): (G, T, E) to (G, E), float32 or wider."""
 
@@ -40,11 +48,11 @@ class _ProbabilitySums(torch.autograd.Function):
         groups, tokens, experts = logits_GTE.shape
         wide = torch.promote_types(logits_GTE.dtype, torch.float32)
         sums = logits_GTE.new_zeros(groups, experts, dtype=wide)
-        for piece in pieces(tokens):
-            p = logits_GTE[:, piece].softmax(-1).to(wide)
+        for some, piece in _tiles(groups, tokens):
+            p = logits_GTE[some, piece].softmax(-1).to(wide)
             if weight_T is not None:
                 p = p * weight_T[piece, None].to(wide)
-            sums += p.sum(1)
+            sums[some] += p.sum(1)
         ctx.save_for_backward(logits_GTE, weight_T)
         return sums
 
@@ -53,12 +61,12 @@ class _ProbabilitySums(torch.autograd.Function):
     def backward(ctx: Any, dsums_GE: Tensor) -> tuple[Tensor, None]:
         logits, weight_T = ctx.saved_tensors
         dlogits = torch.empty_like(logits)
-        for piece in pieces(logits.shape[1]):
-            p = logits[:, piece].softmax(-1).to(dsums_GE.dtype)
-            dz = p * (dsums_GE[:, None] - (p * dsums_GE[:, None]).sum(-1, keepdim=True))
+        for some, piece in _tiles(*logits.shape[:2]):
+            p, dsums = logits[some, piece].softmax(-1).to(dsums_GE.dtype), dsums_GE[some, None]
+            dz = p * (dsums - (p * dsums).sum(-1, keepdim=True))
             if weight_T is not None:
                 dz *= weight_T[piece, None].to(dz.dtype)
-            dlogits[:, piece] = dz.to(dlogits.dtype)
+            dlogits[some, piece] = dz.to(dlogits.dtype)
         return dlogits, None
 
 
