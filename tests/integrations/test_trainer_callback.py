@@ -199,6 +199,39 @@ def test_evaluation_and_recomputation_are_counted(tmp_path: Path) -> None:
     load.detach()
 
 
+@pytest.mark.parametrize("key", [KEY, "dbrx"])
+def test_padding_is_counted(key: str) -> None:
+    """It has no meaning, and all of it goes to the same experts."""
+    from turnout.integrations.router_places import places
+
+    model = tiny(key).train()
+    top_k = model.config.ffn_config.moe_top_k if key == "dbrx" else model.config.num_experts_per_tok
+    ids = torch.arange(24).view(2, 12) % 29 + 1
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, 7:] = 0
+    with turnout.record_routing(model) as record:
+        load = ExpertLoad(model)
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        model(input_ids=ids, attention_mask=mask.flip(0).bool(), use_cache=False)
+    kept = mask.flatten().bool(), mask.flip(0).flatten().bool()
+    found = load.take()
+    assert len(found) == len(list(places(model)))
+    for name, layer in found.items():
+        chosen = torch.cat([record[f"{name}/{call}"][kept[call]] for call in (0, 1)])
+        assert layer["tokens"] == 2 * 19
+        expected = chosen.flatten().bincount(minlength=len(layer["load"]))
+        assert layer["load"] == expected.tolist()
+        assert sum(layer["load"]) == 2 * 19 * top_k
+        assert layer["dropped"] == 0.0
+    model(input_ids=ids, use_cache=False)
+    assert {layer["tokens"] for layer in load.take().values()} == {24}, "of an earlier batch"
+    model(input_ids=ids, attention_mask=torch.zeros_like(mask), use_cache=False)
+    assert load.take() == {}
+    load.detach()
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+
+
 def test_a_compiled_model_is_compiled_again_while_its_load_is_counted() -> None:
     model = tiny(KEY).train()
     load = ExpertLoad(model)

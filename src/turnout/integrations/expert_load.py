@@ -4,7 +4,8 @@ Nothing waits for the device until `take` is called: each hook adds the statisti
 `turnout.routing.statistics` to tensors on the device.
 
 Not counted: evaluation, the second forward of activation checkpointing, other processes' tokens,
-and Aria, whose experts module routes inside.
+Aria, whose experts module routes inside, and padding, where the model is given an `attention_mask`
+(batch, sequence) by name and a router sees as many tokens as it has.
 
 Under `torch.compile` each hook runs outside the graphs: counters that change would be compiled
 again and again.
@@ -29,17 +30,32 @@ from turnout.routing.statistics import routing_statistics
 
 
 @dataclass
+class Padding:
+    """The mask (batch, sequence) of the forward that runs, if it has one; 0 is padding."""
+
+    mask: Tensor | None = None
+
+    def of(self, experts_TK: Tensor) -> Tensor | None:
+        """(T,) of a router's tokens, or None: no mask, or that of other tokens."""
+        if self.mask is None or self.mask.numel() != experts_TK.shape[0]:
+            return None
+        return self.mask.reshape(-1).to(experts_TK.device)
+
+
+@dataclass
 class LayerLoad:
     """What one router chose since the last `take`.
 
     Attributes:
-        num_experts: E. tokens: T, summed over the calls.
+        num_experts: E. padding: of all layers.
+        tokens: T, summed over the calls; choices: T*K.
         load_E: tokens per expert; dropped: choices of no expert; entropy: summed over tokens.
     """
 
     num_experts: int
-    tokens: int = 0
-    choices: int = 0
+    padding: Padding
+    tokens: Tensor | None = None
+    choices: Tensor | None = None
     load_E: Tensor | None = None
     dropped: Tensor | None = None
     entropy: Tensor | None = None
@@ -49,33 +65,33 @@ class LayerLoad:
         experts_TK = experts_TK.detach().reshape(-1, experts_TK.shape[-1])
         if logits_TE is not None:
             logits_TE = logits_TE.detach().reshape(-1, logits_TE.shape[-1])
-        found = routing_statistics(experts_TK, self.num_experts, logits_TE=logits_TE)
-        tokens = experts_TK.shape[0]
-        self.tokens += tokens
-        self.choices += experts_TK.numel()
+        rows, top_k = experts_TK.shape
+        mask = self.padding.of(experts_TK)
+        found = routing_statistics(experts_TK, self.num_experts, logits_TE=logits_TE, mask=mask)
+        tokens = found.load_E.new_full((), rows) if mask is None else (mask != 0).sum()
+        self.tokens = _plus(self.tokens, tokens)
+        self.choices = _plus(self.choices, tokens * top_k)
         self.load_E = _plus(self.load_E, found.load_E)
-        self.dropped = _plus(self.dropped, found.dropped * experts_TK.numel())
+        self.dropped = _plus(self.dropped, found.dropped * (tokens * top_k))
         if found.entropy is not None:
             self.entropy = _plus(self.entropy, found.entropy * tokens)
 
     def take(self) -> dict[str, Any]:
         """Plain values since the last time; waits for the device once."""
-        assert self.load_E is not None
-        assert self.dropped is not None
-        parts = [self.load_E.double(), self.dropped.double()[None]]
-        if self.entropy is not None:
-            parts.append(self.entropy.double()[None])
-        load, rest = torch.cat(parts).tolist(), []
-        load, rest = load[: self.num_experts], load[self.num_experts :]
-        found = {
+        sums = (self.load_E, self.tokens, self.choices, self.dropped, self.entropy)
+        parts = [t.double().reshape(-1) for t in sums if t is not None]
+        values = torch.cat(parts).tolist()
+        load, (tokens, choices, dropped, *entropy) = (
+            values[: self.num_experts],
+            values[self.num_experts :],
+        )
+        self.load_E = self.tokens = self.choices = self.dropped = self.entropy = None
+        return {
             "load": [int(count) for count in load],
-            "tokens": self.tokens,
-            "dropped": rest[0] / max(1, self.choices),
-            "entropy": rest[1] / max(1, self.tokens) if len(rest) > 1 else None,
+            "tokens": int(tokens),
+            "dropped": dropped / max(1, choices),
+            "entropy": entropy[0] / max(1, tokens) if entropy else None,
         }
-        self.tokens = self.choices = 0
-        self.load_E = self.dropped = self.entropy = None
-        return found
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:
@@ -87,14 +103,19 @@ class ExpertLoad:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers: dict[str, LayerLoad] = {}
-        self._handles: list[RemovableHandle] = []
+        self._padding = Padding()
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(partial(_keep_mask, self._padding), with_kwargs=True),
+            model.register_forward_hook(partial(_drop_mask, self._padding), always_call=True),
+        ]
         for place in places(model):
             if place.rule is not None:
                 self._hook(place)
 
     def take(self) -> dict[str, dict[str, Any]]:
         """Load, tokens, dropped share and entropy (None without logits) of the layers that ran."""
-        return {name: layer.take() for name, layer in self.layers.items() if layer.tokens}
+        found = {n: layer.take() for n, layer in self.layers.items() if layer.load_E is not None}
+        return {name: taken for name, taken in found.items() if taken["tokens"]}
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -102,7 +123,7 @@ class ExpertLoad:
         self._handles.clear()
 
     def _hook(self, place: Place) -> None:
-        layer = LayerLoad(logits_weight(place).shape[0] - _always(place))
+        layer = LayerLoad(logits_weight(place).shape[0] - _always(place), self._padding)
         assert place.rule is not None
         parts = place.rule.output.parts
         if place.rule.output.method == "router":
@@ -116,6 +137,17 @@ class ExpertLoad:
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
                 self._handles.append(handle)
         self.layers[place.name] = layer
+
+
+@torch.compiler.disable
+def _keep_mask(padding: Padding, _: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+    mask = kwargs.get("attention_mask")
+    padding.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+@torch.compiler.disable
+def _drop_mask(padding: Padding, *_: Any) -> None:
+    padding.mask = None
 
 
 def _always(place: Place) -> int:
