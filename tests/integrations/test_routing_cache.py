@@ -336,6 +336,19 @@ def test_the_report_does_not_say_that_the_definition_runs() -> None:
     assert "router: definition" in str(report)
 
 
+@pytest.mark.parametrize("router", ["model", "fused"])
+def test_nan_logits_pass_in_anomaly_detection(router: str) -> None:
+    model = training(router=router)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(torch.nan)
+    run(model)
+    with (
+        torch.autograd.set_detect_anomaly(True),
+        pytest.raises(ValueError, match=r"NaN in 24 of 24 rows, first in row 0"),
+    ):
+        run(model)
+
+
 def test_a_compiled_layer_fails_with_the_cache() -> None:
     model = training()
     enable(model)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from turnout.routing import rules
-from turnout.routing.ops import route
+from turnout.routing.ops import refuse_nan, route
 from turnout.routing.rules import Routing
 from turnout.specs import RouteSpec
 
@@ -115,7 +115,7 @@ def decide(
     if output.on_logits and spec.score == "sigmoid" and experts_TK is None:
         # torch.topk, as the model: its choice among equal logits is then the same
         experts_TK = z.detach().topk(spec.top_k, dim=-1).indices
-    run = route if kernel else rules.route
+    run = route if kernel else _definition
     found = run(z, ready or prepared(output, spec), experts_TK=experts_TK, **tensors)
     to = _dtype(output, z, dtype, tensors.get("scale"))
     always = found.always_TA
@@ -125,6 +125,11 @@ def decide(
         always if always is None or to is None else always.to(to),
         z,
     )
+
+
+def _definition(logits_TE: Tensor, spec: RouteSpec, **tensors: Any) -> Routing:
+    refuse_nan(logits_TE)
+    return rules.route(logits_TE, spec, **tensors)
 
 
 def _dtype(

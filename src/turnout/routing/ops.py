@@ -100,6 +100,11 @@ def _check(
     if experts is not None:
         _check_tensor("experts_TK", experts, logits.device, num_experts)
         _check_given(experts, logits.shape[0], num_experts, spec)
+    refuse_nan(logits)
+
+
+def refuse_nan(logits: Tensor) -> None:
+    """With PyTorch's anomaly detection on, an error for NaN; else nothing, and no wait."""
     if torch.compiler.is_compiling() or not torch.is_anomaly_enabled():
         return
     if reads_values(logits) and logits.isnan().any():
