@@ -130,12 +130,19 @@ def _judge_code(tree: ast.AST, *, in_integrations: bool) -> Iterator[tuple[str, 
             for alias in node.names:
                 if alias.name in ("environ", "getenv", "putenv"):
                     yield f"from os import {alias.name}: write os.{alias.name}", node.lineno
+        if name.endswith(".autotune") or _imports_autotuner(node):
+            yield "uses Triton's autotuner: turnout.tuning chooses configs", node.lineno
         if in_integrations:
             continue
         if isinstance(node, ast.ExceptHandler) and _catches_everything(node.type):
             yield "catches every exception: name the ones you expect", node.lineno
         if isinstance(node, ast.Call) and _dotted(node.func) == "getattr" and len(node.args) == 3:
             yield "getattr with a default guesses: ask for the attribute", node.lineno
+
+
+def _imports_autotuner(node: ast.AST) -> bool:
+    names = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+    return not names.isdisjoint({"autotune", "Autotuner"})
 
 
 def _is_our_variable(node: ast.AST) -> bool:
@@ -218,6 +225,10 @@ def test_upward_import_inside_a_function_is_found(tmp_path, statement):
         "try:\n    pass\nexcept:\n    raise",
         "try:\n    pass\nexcept (ValueError, BaseException):\n    raise",
         "getattr(1, 'x', None)",
+        "import triton\n@triton.autotune(configs=[], key=[])\n@triton.jit\ndef f():\n    pass",
+        "import triton\nf = triton.runtime.autotuner.autotune([], [])(print)",
+        "from triton import autotune",
+        "from triton.runtime.autotuner import Autotuner",
     ],
 )
 def test_broken_rule_is_found(tmp_path, body):

@@ -20,15 +20,6 @@ from turnout.testing import poison_empty
 compile_ahead.MOST_WORKERS = 0  # the tests themselves run in many processes
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    for line in (
-        "unpoisoned: empty memory stays as it is (launches or bytes are counted, or waits are)",
-        "memory(group): allocates gigabytes; tests of one group never run at the same time",
-        "sanitizer: runs compute-sanitizer, a minute or two",
-    ):
-        config.addinivalue_line("markers", line)
-
-
 @pytest.fixture(autouse=True)
 def poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
     """Memory that nobody wrote holds NaN."""

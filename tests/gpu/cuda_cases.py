@@ -39,6 +39,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt-oss": {"activation": GPT_OSS, "transposed": True, "bias": True, "hidden": 96},
     "not-gated": {"activation": Activation(act="relu2", gated=False), "bias": True},
     "llama4": {"weight_on_input": True, "transposed": True, "top_k": 1},
+    # 192 rows an expert and more, and a hidden size of whole 64s: Hopper's own kernels
+    "T700-E5-H320": {
+        "tokens": 700,
+        "num_experts": 5,
+        "hidden": 320,
+        "intermediate": 192,
+        "rank_up": 16,
+        "rank_down": 16,
+    },
 }
 # T, K, E, H, F of the models; rank 16 on both projections.
 MODELS: dict[str, dict[str, Any]] = {

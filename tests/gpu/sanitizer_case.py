@@ -31,6 +31,7 @@ CASES: list[tuple[str, torch.dtype, dict[str, Any]]] = [
     ("gpt-oss", torch.bfloat16, {"recompute": "gate_up"}),
     ("not-gated", torch.float32, {}),
     ("llama4", torch.bfloat16, {}),
+    ("T700-E5-H320", torch.bfloat16, {}),  # on sm_90 in Hopper's own kernels
 ]
 # Rule, tokens, experts: odd numbers of both, and each with counts for the sort.
 ROUTES: dict[str, tuple[RouteSpec, int, int]] = {

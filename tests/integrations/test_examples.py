@@ -26,6 +26,7 @@ SCRIPTS = {
     "liger_lora": "qwen3_moe",
 }
 LAYERS, EXPERT_STACKS = 2, 2
+TEXTS = 16
 
 cases = pytest.mark.parametrize(
     "script",
@@ -103,13 +104,13 @@ def test_example_trains_a_checkpoint_on_texts_with_every_expert_in_turnout(
     for part in make():
         part.save_pretrained(tmp_path / "model")
     data = tmp_path / "texts.txt"
-    data.write_text("\n".join(f"{i} and {i} make {2 * i}." for i in range(16)), encoding="utf-8")
+    data.write_text("\n".join(f"{i} and {i} make {2 * i}." for i in range(TEXTS)), encoding="utf-8")
     words = ["--model", tmp_path / "model", "--data", data, "--out", tmp_path]
     words += ["--steps", 3, "--lr", 0.01]
     monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
     monkeypatch.syspath_prepend(EXAMPLES)
     with probe() as ran:
-        runpy.run_path(str(EXAMPLES / f"{script}.py"))
+        made = runpy.run_path(str(EXAMPLES / f"{script}.py"))
     # activation checkpointing runs each layer twice
     times = 2 if script == "trl_sft" else 1
     assert len(ran.calls) == LAYERS * 3 * times
@@ -118,3 +119,7 @@ def test_example_trains_a_checkpoint_on_texts_with_every_expert_in_turnout(
     text = capsys.readouterr().out
     assert_trained(tmp_path, text, steps=3)
     assert_says_where_liger_is(script, text)
+    assert ("aux loss" in text) == (script in ("trl_sft", "plain_loop"))
+    if script == "trl_sft":
+        rows = [len(row["input_ids"]) for row in made["trainer"].train_dataset]
+        assert len(rows) < TEXTS / 2, f"{rows}: the texts are not packed"

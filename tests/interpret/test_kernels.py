@@ -17,6 +17,7 @@ from turnout.kernel_facts import interpreting
 from turnout.launch import noting
 from turnout.ragged import Ragged, sort_by_expert
 from turnout.ragged.kernels import launch_sort
+from turnout.testing import poison_empty
 
 RELU2 = Activation(act="relu2", gated=False)
 CLAMPED_AFTER = Activation(limit=0.7, limit_after=True)
@@ -58,6 +59,48 @@ def test_a_single_token_is_computed_wrong() -> None:
     got = run(problem, backend="triton")
     for name, value in run(problem.double(), function=turnout.reference.expert_mlp).items():
         torch.testing.assert_close(got[name].double(), value, rtol=1e-5, atol=1e-5)
+
+
+# (T, H, G, E, R, K) of the kernel tests of axolotl's ScatterMoE-LoRA. That with a single token is
+# left out: its tensors are too small for a typical error.
+SEED_CASES = [
+    *((size, torch.float32) for size in ((17, 96, 80, 6, 16, 2), (64, 64, 128, 1, 8, 1))),
+    ((32, 64, 64, 4, 4, 1), torch.float16),
+]
+
+
+@pytest.mark.parametrize(("size", "dtype"), SEED_CASES, ids=str)
+def test_a_size_of_the_seeds_tests_is_wrong(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    tokens, hidden, gate_up, num_experts, rank, top_k = size
+    sizes = {"tokens": tokens, "top_k": top_k, "num_experts": num_experts, "hidden": hidden}
+    sizes |= {"intermediate": gate_up // 2, "rank_up": rank, "rank_down": rank}
+
+    def make(seed: int) -> Problem:
+        return random_problem(seed=seed, dtype=dtype, **sizes)
+
+    check(make, make(0).trained_by_lora, backend="triton")
+
+
+def test_no_tokens_fail() -> None:
+    problem = random_problem(tokens=0, bias=True)
+    got = run(problem, backend="triton")
+    assert got["out"].shape == problem["x"].shape
+    for name, leaf in problem.leaves.items():
+        assert got[name].shape == leaf.shape
+        assert not got[name].any(), name
+
+
+@pytest.mark.parametrize("routing", ["all on one expert", "empty experts"])
+def test_a_skewed_routing_is_wrong(routing: str) -> None:
+    """257 tokens, and widths that are no multiple of anything; memory that nobody wrote is NaN."""
+
+    def make(seed: int) -> Problem:
+        made = random_problem(seed=seed, tokens=257, hidden=67, intermediate=37, top_k=1)
+        skewed = {"all on one expert": made.experts * 0 + 3, "empty experts": made.experts // 2 * 2}
+        return made.changed(experts=skewed[routing])
+
+    with poison_empty():
+        check(make, backend="triton")
 
 
 def test_float16_is_worse_than_eager() -> None:
