@@ -29,7 +29,8 @@ import turnout
 
 CHIPS = sorted(SHARED_MEMORY)
 SHOWN = 10
-SPILLED = 136  # bytes of local memory per thread: the backward epilogue of gpt-oss
+SPILLED = 64  # bytes of local memory per thread
+ALTERNATING = 136  # where the backward epilogue has gate and up columns in turn, as it was measured
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,9 @@ def test_a_hot_kernel_spills() -> None:
     assert {one.by_name["EPILOGUE"] for one in found} == {"none", "activate", "activate_backward"}
     for one in found:
         spilled = resources(compiled(one))["STACK"]
-        assert spilled <= SPILLED, f"{one} keeps {spilled} bytes in local memory"
+        alternates = one.by_name["EPILOGUE"] == "activate_backward" and one.by_name["INTERLEAVED"]
+        limit = ALTERNATING if alternates else SPILLED
+        assert spilled <= limit, f"{one} keeps {spilled} bytes in local memory"
 
 
 @pytest.mark.parametrize("model", ["qwen3-30b", "gptoss-20b"])
