@@ -30,7 +30,6 @@ import turnout
 CHIPS = sorted(SHARED_MEMORY)
 SHOWN = 10
 SPILLED = 64  # bytes of local memory per thread
-ALTERNATING = 136  # where the backward epilogue has gate and up columns in turn, as it was measured
 
 
 @pytest.fixture(autouse=True)
@@ -65,9 +64,7 @@ def test_a_hot_kernel_spills() -> None:
     assert {one.by_name["EPILOGUE"] for one in found} == {"none", "activate", "activate_backward"}
     for one in found:
         spilled = resources(compiled(one))["STACK"]
-        alternates = one.by_name["EPILOGUE"] == "activate_backward" and one.by_name["INTERLEAVED"]
-        limit = ALTERNATING if alternates else SPILLED
-        assert spilled <= limit, f"{one} keeps {spilled} bytes in local memory"
+        assert spilled <= SPILLED, f"{one} keeps {spilled} bytes in local memory"
 
 
 @pytest.mark.parametrize("model", ["qwen3-30b", "gptoss-20b"])

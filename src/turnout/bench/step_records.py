@@ -74,14 +74,7 @@ class StepRow:
     @property
     def case(self) -> StepCase:
         """What all providers were given."""
-        return StepCase(
-            self.shape,
-            self.layers,
-            self.vocabulary,
-            self.tokens,
-            self.sequence,
-            self.checkpointing,
-        )
+        return StepCase(*(getattr(self, name) for name in StepCase._fields))
 
     @property
     def key(self) -> tuple[StepCase, str]:
