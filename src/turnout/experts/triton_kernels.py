@@ -215,52 +215,51 @@ def rows_kernel(
             if KEEP_Z:
                 tl.store(z_ptr + place, acc.to(z_ptr.dtype.element_ty), mask=mask)
     else:
-        # in quarters (eighths), so that z, h and dz of all columns are not live at once
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        # in parts, so that z, h and dz of all columns are not live at once
         dot = tl.zeros([BLOCK_M], dtype=tl.float32)
         weight = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
         if HAS_WEIGHT:
             slot = tl.load(slot_ptr + row64, mask=mask_m, other=0)
             weight = tl.load(weight_ptr + slot, mask=mask_m, other=0.0).to(tl.float32)
-        cuts: tl.constexpr = 2 if INTERLEAVED and BLOCK_N >= 128 else 1
-        width: tl.constexpr = BLOCK_N // 4 // cuts
-        for side in tl.static_range(2):
-            one, two = _halves(left if side == 0 else right, BLOCK_M, BLOCK_N // 2)
-            for quarter in tl.static_range(2):
-                d = one if quarter == 0 else two
-                if cuts == 2:
-                    d_left, d_right = _halves(d, BLOCK_M, BLOCK_N // 4)
-                for cut in tl.static_range(cuts):
-                    if cuts == 2:
-                        d = d_left if cut == 0 else d_right
-                    dot += _store_backward(
-                        d,
-                        pid_n * BLOCK_N + ((side * 2 + quarter) * cuts + cut) * width,
-                        row64,
-                        mask_m,
-                        weight[:, None],
-                        z_ptr,
-                        out_ptr,
-                        h_ptr,
-                        N,
-                        ACT,
-                        ALPHA,
-                        LIMIT,
-                        AFTER,
-                        UP_OFFSET,
-                        GATED,
-                        INTERLEAVED,
-                        KEEP_H,
-                        BLOCK_M,
-                        width,
-                    )
+        parts: tl.constexpr = 4 if not INTERLEAVED or BLOCK_N < 128 else BLOCK_N // 16
+        width: tl.constexpr = BLOCK_N // parts
+        for part in tl.static_range(parts):
+            dot += _store_backward(
+                _part(acc, part, parts, BLOCK_M, BLOCK_N),
+                pid_n * BLOCK_N + part * width,
+                row64,
+                mask_m,
+                weight[:, None],
+                z_ptr,
+                out_ptr,
+                h_ptr,
+                N,
+                ACT,
+                ALPHA,
+                LIMIT,
+                AFTER,
+                UP_OFFSET,
+                GATED,
+                INTERLEAVED,
+                KEEP_H,
+                BLOCK_M,
+                width,
+            )
         tl.store(dot_ptr + row64 * num_n + pid_n, dot, mask=mask_m)
 
 
 @triton.jit
-def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and right half of the columns."""
-    return tl.split(tl.permute(tl.reshape(x, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
+def _part(x, AT: tl.constexpr, OF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Part AT of the columns, which are cut into OF (a power of two) of equal width."""
+    if OF == 1:
+        return x
+    else:
+        halves = tl.permute(tl.reshape(x, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1])
+        left, right = tl.split(halves)
+        if AT < OF // 2:
+            return _part(left, AT, OF // 2, BLOCK_M, BLOCK_N // 2)
+        else:
+            return _part(right, AT - OF // 2, OF // 2, BLOCK_M, BLOCK_N // 2)
 
 
 @triton.jit
