@@ -40,6 +40,7 @@ _VIEW = {
     _aten.transpose.int,
     _aten.permute.default,
     _aten.view.default,
+    _aten.view.dtype,
     _aten.unsqueeze.default,
     _aten.select.int,
     _aten.slice.Tensor,
@@ -49,6 +50,7 @@ _VIEW = {
 }
 _ALIGN = 256
 _LIMIT = 512  # programs that are kept
+_SLAB = 32 * 2**20  # bytes that a slab may have whatever its parts have: one allocation for many
 
 
 @dataclass(slots=True)
@@ -219,23 +221,29 @@ def why_not(key: Hashable) -> str | None:
 
 
 def replayed(
-    key: Hashable, inputs: Sequence[Tensor | None], function: Callable[[], Sequence[Tensor]]
+    key: Hashable,
+    inputs: Sequence[Tensor | None],
+    function: Callable[[], Sequence[Tensor]],
+    *,
+    known: bool = False,
 ) -> Sequence[Tensor]:
     """`function()`, by replay once it was recorded for inputs like these.
 
     The first call with a key runs the function, the second records it, further ones replay.
 
     Args:
-        key: everything that `function` depends on besides `inputs`; their shapes, strides, dtypes
-            and device are added here.
+        key: everything that `function` depends on besides `inputs`; their types, shapes, strides,
+            dtypes and device are added here.
         inputs: every tensor that `function` reads, on one GPU.
         function: returns new tensors, none of them a view of another or of an input.
+        known: `key` says all of that of the inputs, and which are None, already.
     """
     present = [t for t in inputs if t is not None]
-    absent = tuple([t is None for t in inputs])
-    facts = tuple([(type(t), t.shape, t.stride(), t.dtype) for t in present])
     device = present[0].get_device()
-    key = (key, device, absent, facts)
+    if not known:
+        absent = tuple([t is None for t in inputs])
+        facts = tuple([(type(t), t.shape, t.stride(), t.dtype) for t in present])
+        key = (key, device, absent, facts)
     program = _programs.get(key, _MISSING)
     if program is _MISSING:
         _programs[key] = None
@@ -340,12 +348,16 @@ def _picker(launch: Launch, picks: list[int]) -> Callable[[list[int | None]], Se
 
 
 def _plan(
-    buffers: list[_Buffer], owners: dict[int, int], offsets: dict[int, int], first_slab: int
+    buffers: list[_Buffer],
+    owners: dict[int, int],
+    offsets: dict[int, int],
+    first_slab: int,
+    allowed: int = _SLAB,
 ) -> list[int]:
     """Places the temporaries (added to `owners` and `offsets`); returns the slabs' bytes.
 
     Largest first, at the lowest free place of the first slab that has one. No slab is larger than
-    the largest temporary, so no allocation is larger than those of the function itself.
+    the largest temporary or `allowed`.
     """
     temporary = [i for i, b in enumerate(buffers) if i not in owners and b.first >= 0]
     temporary.sort(key=lambda i: -buffers[i].size)
@@ -353,7 +365,7 @@ def _plan(
     ends: list[int] = []
     for index in temporary:
         buffer = buffers[index]
-        limit = _round(buffers[temporary[0]].size)
+        limit = max(_round(buffers[temporary[0]].size), allowed)
         places = (_free_place(index, members, buffers, offsets) for members in [*slabs, []])
         fits = ((n, o) for n, o in enumerate(places) if o + buffer.size <= limit)
         number, offset = next(fits)

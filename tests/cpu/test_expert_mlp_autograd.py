@@ -250,7 +250,8 @@ def record_op_calls(problem, **options):
 
             def call(*args, name=name, function=function):
                 detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
-                calls["expert_mlp" + name] = tuple(detached)
+                schema = getattr(torch.ops.turnout, "expert_mlp" + name).default._schema
+                calls["expert_mlp" + name] = tuple(detached[: len(schema.arguments)])
                 return function(*args)
 
             patch.setattr(ops, name, call)

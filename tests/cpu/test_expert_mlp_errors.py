@@ -186,3 +186,40 @@ def test_a_negative_index_is_checked_before_autograd_saves_it():
     problem["x"].requires_grad_()
     with pytest.raises(ValueError, match="experts_TK holds"):
         problem.call()
+
+
+def test_what_fitted_before_is_not_looked_at_again():
+    """Checks are made once for each kind of call; another kind is another."""
+    BASE.call()
+    for problem, words in (BAD["x of another width"], BAD["integer weights"], BAD["2-D stack"]):
+        for _ in range(2):  # nor is a refusal taken for a fit
+            with pytest.raises(ValueError, match=words):
+                problem.call()
+    with pytest.raises(ValueError, match=r"expert_dropout is 1\.5"):
+        BASE.call(expert_dropout=1.5)
+    with pytest.raises(ValueError, match=r"experts_TK holds -1\.\.2"):
+        BASE.changed(experts=filled(-1)).call()
+    BASE.call()
+
+
+def test_the_kinds_of_calls_pile_up(monkeypatch):
+    from turnout.experts import call
+
+    monkeypatch.setattr(call, "KEPT", 3)
+    monkeypatch.setattr(call, "_calls", type(call._calls)())
+    for tokens in range(1, 7):
+        random_problem(tokens=tokens).call()
+    assert len(call._calls) == 3
+
+
+def test_an_option_that_can_not_be_a_key_is_another_error():
+    with pytest.raises(ValueError, match="recompute"):
+        BASE.call(recompute=["none"])
+
+
+def test_forward_mode_loses_its_tangents():
+    """The op has no forward derivative, which must be said also where no gradient is asked for."""
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(BASE["x"], torch.ones_like(BASE["x"]))
+        with pytest.raises(RuntimeError, match="jvp"):
+            BASE.changed(x=x).call()

@@ -281,7 +281,25 @@ def test_programs_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(replay._programs) == 3
 
 
-def test_temporaries_needed_together_share_memory() -> None:
+def test_a_key_that_says_all_is_told_apart_by_shapes() -> None:
+    """The caller vouches for the inputs, which are then not looked at."""
+    for a, b in [inputs(), inputs(), inputs()]:
+        replayed("known", (a, None, b), lambda: [], known=True)
+    assert list(replay._programs) == ["known"]
+
+
+def test_small_temporaries_take_an_allocation_each() -> None:
+    sizes = [100, 70000, 5000, 100, 256]
+    owners: dict[int, int] = {}
+    offsets: dict[int, int] = {}
+    buffers = [replay._Buffer(0, size, 0, 5) for size in sizes]
+    assert len(replay._plan(buffers, owners, offsets, 0)) == 1
+    large = [replay._Buffer(0, replay._SLAB, 0, 5) for _ in sizes]
+    assert replay._plan(large, {}, {}, 0) == [replay._SLAB] * len(sizes)
+
+
+@pytest.mark.parametrize("allowed", [0, 20000])
+def test_temporaries_needed_together_share_memory(allowed: int) -> None:
     for seed in range(300):
         generator = random.Random(seed)
         buffers = []
@@ -292,9 +310,9 @@ def test_temporaries_needed_together_share_memory() -> None:
             buffers.append(replay._Buffer(0, size, first, last))
         owners: dict[int, int] = {}
         offsets: dict[int, int] = {}
-        slabs = replay._plan(buffers, owners, offsets, 100)
-        largest = max(buffer.size for buffer in buffers)
-        assert max(slabs) <= largest + 255, "a slab is larger than the largest temporary"
+        slabs = replay._plan(buffers, owners, offsets, 100, allowed)
+        largest = max(allowed, *[buffer.size for buffer in buffers])
+        assert max(slabs) <= largest + 255, "a slab is larger than it may be"
         for i, one in enumerate(buffers):
             assert offsets[i] + one.size <= slabs[owners[i] - 100]
             for j, other in enumerate(buffers[:i]):

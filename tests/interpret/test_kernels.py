@@ -186,13 +186,16 @@ def test_indices_that_nothing_computed_lead_out_of_a_tensor() -> None:
 SIZES = [(1, 1, 1, 64), (5, 2, 3, 16), (700, 3, 8, 64), (64, 32, 300, 32), (3000, 2, 5, 128)]
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize(("tokens", "top_k", "num_experts", "tile_rows"), SIZES)
 def test_rows_are_not_sorted_by_expert(
-    tokens: int, top_k: int, num_experts: int, tile_rows: int
+    tokens: int, top_k: int, num_experts: int, tile_rows: int, together: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     experts = torch.randint(-1, num_experts + 2, (tokens, top_k), generator=generator)
-    slot, row, offsets, tiles = launch_sort(experts, num_experts, tile_rows)
+    ragged = launch_sort(experts, num_experts, tile_rows, together=together)
+    slot, row, offsets, tiles = ragged.slot_S, ragged.row_TK, ragged.offsets, ragged.tiles
+    assert tiles is not None
     flat = torch.where((experts < 0) | (experts > num_experts), num_experts, experts).flatten()
     order = flat.sort(stable=True).indices
     counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]

@@ -160,7 +160,8 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """out (T, H) in x's dtype, and what the backward pass needs."""
     x = as_dtype(x_TH, job.dtype)
-    ragged = sort_by_expert(experts_TK, job.weights.gate_up.shape[0], counted)
+    num_experts = job.weights.gate_up.shape[0]
+    ragged = sort_by_expert(experts_TK, num_experts, counted, together=keep)
     up, down = _factors(job, backward=False)
     xa_up = xa_down = tail = None
     if up is not None:

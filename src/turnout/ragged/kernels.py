@@ -28,7 +28,7 @@ from torch import Tensor
 
 from turnout.launch import Launch
 from turnout.ragged import counts
-from turnout.ragged.rows import num_tiles
+from turnout.ragged.rows import Ragged, memory_size, num_tiles
 
 BLOCK = counts.SORTED_AT_ONCE
 _SCAN_ELEMENTS = 8192
@@ -287,8 +287,8 @@ def _place_kernel(
 
 
 @lru_cache(maxsize=1024)
-def _launches(rows: int, num_experts: int, tile_rows: int) -> tuple[int, int, tuple[Launch, ...]]:
-    """Tiles, blocks to count in, and what is launched: one, or count, scan and scatter."""
+def _launches(rows: int, num_experts: int, tile_rows: int) -> tuple[int, tuple[Launch, ...]]:
+    """Blocks to count in, and what is launched: one, or count, scan and scatter."""
     buckets = triton.next_power_of_2(num_experts + 1)
     tiles = num_tiles(rows, num_experts, tile_rows)
     block = max(16, min(BLOCK, triton.next_power_of_2(rows)))
@@ -296,12 +296,11 @@ def _launches(rows: int, num_experts: int, tile_rows: int) -> tuple[int, int, tu
     tile_block = max(1, min(32, _TILE_ELEMENTS // buckets))
     table = {"TILE_ROWS": tile_rows, "TILE_BLOCK": tile_block, **sizes}
     if rows <= BLOCK:
-        return tiles, 0, (Launch(_sort_kernel, (1, 1, 1), (num_experts, rows, tiles), table, 4),)
+        return 0, (Launch(_sort_kernel, (1, 1, 1), (num_experts, rows, tiles), table, 4),)
     blocks = triton.cdiv(rows, block)
     scan = {"BUCKETS": buckets, "ROWS": max(1, min(32, _SCAN_ELEMENTS // buckets))}
     grid = (blocks + triton.cdiv(tiles, tile_block), 1, 1)
     return (
-        tiles,
         blocks,
         (
             Launch(_count_kernel, (blocks, 1, 1), (num_experts, rows, blocks), sizes, 4),
@@ -314,8 +313,8 @@ def _launches(rows: int, num_experts: int, tile_rows: int) -> tuple[int, int, tu
 @lru_cache(maxsize=1024)
 def _place_launch(
     tokens: int, top_k: int, num_experts: int, tile_rows: int, dtype: torch.dtype
-) -> tuple[int, Launch]:
-    """Tiles, and what is launched where the router has counted experts of this dtype."""
+) -> Launch:
+    """What is launched where the router has counted experts of this dtype."""
     rows = tokens * top_k
     blocks, buckets = counts.shape(tokens, num_experts)
     slots = counts.block_tokens(tokens) * top_k
@@ -332,41 +331,49 @@ def _place_launch(
     }
     grid = (programs + triton.cdiv(tiles, tile_block), 1, 1)
     numbers = (num_experts, rows, blocks, own, own * slots, programs, tiles)
-    return tiles, Launch(_place_kernel, grid, numbers, constants, PLACE_WARPS, same_dtypes=True)
+    return Launch(_place_kernel, grid, numbers, constants, PLACE_WARPS, same_dtypes=True)
 
 
 def launch_sort(
-    experts_TK: Tensor, num_experts: int, tile_rows: int, counted: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """slot_S, row_TK, offsets and the tile table; S must be at least 1.
-
-    `counted` is what `counts.counts_of` says of these experts, if anything.
-    """
+    experts_TK: Tensor,
+    num_experts: int,
+    tile_rows: int,
+    counted: Tensor | None = None,
+    together: bool = False,
+) -> Ragged:
+    """`sort_by_expert` on a GPU; S must be at least 1."""
     if not experts_TK.is_contiguous():
         experts_TK = experts_TK.contiguous()
     tokens, top_k = experts_TK.shape
     rows, new_empty = tokens * top_k, experts_TK.new_empty
-    place = None
-    if counted is not None:
-        dtype = experts_TK.dtype
-        tiles, place = _place_launch(tokens, top_k, num_experts, tile_rows, dtype)
+    tiles = num_tiles(rows, num_experts, tile_rows)
+    if together:
+        memory = new_empty(memory_size(rows, num_experts, tiles), dtype=torch.int32)
+        ragged = Ragged.over(memory, tokens, top_k, num_experts, tile_rows)
     else:
-        tiles, blocks, launches = _launches(rows, num_experts, tile_rows)
-    # sizes as separate arguments and no dtype again: PyTorch takes longer to read more
-    slot_S = new_empty(rows, dtype=torch.int64)
-    row_TK = slot_S.new_empty(tokens, top_k)
-    offsets = new_empty(num_experts + 1, dtype=torch.int32)
-    table = offsets.new_empty(2, tiles)
-    if place is not None:
-        place(experts_TK, counted, slot_S, row_TK, offsets, table)
-        return slot_S, row_TK, offsets, table
+        # sizes as separate arguments and no dtype again: PyTorch takes longer to read more
+        slot_S = new_empty(rows, dtype=torch.int64)
+        offsets = new_empty(num_experts + 1, dtype=torch.int32)
+        ragged = Ragged(
+            slot_S=slot_S,
+            row_TK=slot_S.new_empty(tokens, top_k),
+            offsets=offsets,
+            tiles=offsets.new_empty(2, tiles),
+            tile_rows=tile_rows,
+        )
+    out = ragged.slot_S, ragged.row_TK, ragged.offsets, ragged.tiles
+    if counted is not None:
+        place = _place_launch(tokens, top_k, num_experts, tile_rows, experts_TK.dtype)
+        place(experts_TK, counted, *out)
+        return ragged
+    blocks, launches = _launches(rows, num_experts, tile_rows)
     if not blocks:
-        launches[0](experts_TK, slot_S, row_TK, offsets, table)
-        return slot_S, row_TK, offsets, table
+        launches[0](experts_TK, *out)
+        return ragged
     count, scan, scatter = launches
     buckets = scan.constants["BUCKETS"]
     made = new_empty(2, blocks, buckets, dtype=torch.int32)
     count(experts_TK, made)
-    scan(offsets, made)
-    scatter(experts_TK, made, slot_S, row_TK, offsets, table)
-    return slot_S, row_TK, offsets, table
+    scan(ragged.offsets, made)
+    scatter(experts_TK, made, *out)
+    return ragged

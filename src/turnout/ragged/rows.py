@@ -37,13 +37,32 @@ class Ragged:
         tiles: (2, tiles) int32, expert (-1 past the last) and first row of each row tile; None
             where no kernel asks for it.
         tile_rows: rows of a tile.
+        memory: int32; all of these are views of it, so that to keep one tensor is to keep them.
+            None where they have memory of their own, which takes the host less time to make.
     """
 
     slot_S: Tensor
     row_TK: Tensor
     offsets: Tensor
-    tiles: Tensor | None = None
-    tile_rows: int = 0
+    tiles: Tensor | None
+    tile_rows: int
+    memory: Tensor | None = None
+
+    @staticmethod
+    def over(memory: Tensor, tokens: int, top_k: int, num_experts: int, tile_rows: int) -> Ragged:
+        """The views of `memory`, which has `memory_size` elements; it need not be filled yet."""
+        rows, tiles = tokens * top_k, 0
+        if memory.numel() != memory_size(rows, num_experts, 0):
+            tiles = num_tiles(rows, num_experts, tile_rows)
+        second, third, fourth = _starts(rows, tiles)
+        return Ragged(
+            slot_S=memory[: 2 * rows].view(torch.int64),
+            row_TK=memory[second : second + 2 * rows].view(torch.int64).view(tokens, top_k),
+            offsets=memory[fourth:],
+            tiles=memory[third : third + 2 * tiles].view(2, tiles) if tiles else None,
+            tile_rows=tile_rows,
+            memory=memory,
+        )
 
     @property
     def num_experts(self) -> int:
@@ -99,39 +118,63 @@ def num_tiles(rows: int, num_experts: int, tile_rows: int) -> int:
     return min(rows, -(-rows // tile_rows) + num_experts)
 
 
+def memory_size(rows: int, num_experts: int, tiles: int) -> int:
+    """Elements of `Ragged.memory`; `tiles` is 0 where there is no table of them."""
+    return _starts(rows, tiles)[2] + num_experts + 1
+
+
+def _starts(rows: int, tiles: int) -> tuple[int, int, int]:
+    """Where rows, tiles and offsets begin; the slots do at 0."""
+    slots = _padded(2 * rows)
+    return slots, 2 * slots, 2 * slots + _padded(2 * tiles)
+
+
+def _padded(elements: int) -> int:
+    """To 16 bytes, as kernels want addresses."""
+    return -(-elements // 4) * 4
+
+
 @cache
-def _launch_sort() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _launch_sort() -> Callable[..., Ragged]:
     """The device code: Triton is imported when the first rows are sorted."""
     from turnout.ragged.kernels import launch_sort
 
     return launch_sort
 
 
-def sort_by_expert(experts_TK: Tensor, num_experts: int, counted: Tensor | None = None) -> Ragged:
+def sort_by_expert(
+    experts_TK: Tensor,
+    num_experts: int,
+    counted: Tensor | None = None,
+    *,
+    together: bool = False,
+) -> Ragged:
     """Stable sort of the slots by expert, without a host sync.
 
     Args:
         experts_TK: (T, K) int32 or int64; anything outside 0..E-1 is dropped.
         num_experts: E.
         counted: what `counts_of` says of these experts; saves the kernels two launches.
+        together: the result is in one piece of memory.
     """
     rows = experts_TK.numel()
+    tile_rows = tile_rows_of(rows, num_experts)
     if rows and INSTALLED and (experts_TK.is_cuda or interpreting()):
-        tile_rows = tile_rows_of(rows, num_experts)
-        sort = _launch_sort()
-        slot_S, row_TK, offsets, tiles = sort(experts_TK, num_experts, tile_rows, counted)
+        ragged = _launch_sort()(experts_TK, num_experts, tile_rows, counted, together)
         if nothing_runs():  # and PyTorch may index with them
-            for index in (slot_S, row_TK, offsets, tiles):
-                index.zero_()
-        return Ragged(
-            slot_S=slot_S, row_TK=row_TK, offsets=offsets, tiles=tiles, tile_rows=tile_rows
-        )
+            for index in (ragged.slot_S, ragged.row_TK, ragged.offsets, ragged.tiles):
+                if index is not None:
+                    index.zero_()
+        return ragged
     flat = experts_TK.reshape(-1).long()
     dropped = (flat < 0) | (flat >= num_experts)
     flat = torch.where(dropped, num_experts, flat)
     sorted_experts, slot_S = flat.sort(stable=True)
-    row_S = torch.empty_like(slot_S)
-    row_S[slot_S] = torch.arange(slot_S.numel(), device=slot_S.device)
+    memory = experts_TK.new_empty(memory_size(rows, num_experts, 0), dtype=torch.int32)
+    tokens, top_k = experts_TK.shape
+    ragged = Ragged.over(memory, tokens, top_k, num_experts, tile_rows)
+    ragged.slot_S.copy_(slot_S)
+    ragged.row_TK.view(-1)[slot_S] = torch.arange(rows, device=flat.device)
     edges = torch.arange(num_experts + 1, device=flat.device)
-    offsets = torch.searchsorted(sorted_experts, edges).to(torch.int32)
-    return Ragged(slot_S=slot_S, row_TK=row_S.view(experts_TK.shape), offsets=offsets)
+    ragged.offsets.copy_(torch.searchsorted(sorted_experts, edges))
+    return ragged
