@@ -121,10 +121,14 @@ def _run_forward(*args: Any) -> list[Tensor]:
 
 def _saved(args: tuple[Any, ...], made: list[Tensor]) -> tuple[Tensor | None, ...]:
     """Routing, z, x A_up^T and h A_down^T of a forward pass that kept them."""
-    routing, *rest = made
-    narrow = [a is not None for a in (args[7], args[9])]
-    z = rest.pop(0) if len(rest) > sum(narrow) else None
-    return (routing, z, *[rest.pop(0) if one else None for one in narrow])
+    has_up, has_down = args[7] is not None, args[9] is not None
+    has_z = len(made) > 1 + has_up + has_down
+    return (
+        made[0],
+        made[1] if has_z else None,
+        made[1 + has_z] if has_up else None,
+        made[-1] if has_down else None,
+    )
 
 
 def _compile_ahead(args: tuple[Any, ...]) -> None:
