@@ -1,4 +1,4 @@
-"""What PyTorch's modes ask of us: `torch.compile`, and anomaly detection.
+"""What PyTorch's modes ask of us: `torch.compile`, anomaly detection, `torch.func`.
 
 `kernel_op` is a `torch.library` op for the compiler, a plain call for everyone else. Under
 `torch.compile` a decorated function is one opaque op with a fake, so a graph is whole whatever
@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,6 +25,14 @@ def reads_values(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or tensor.is_meta:
         return False
     return tensor.device.type == "cpu" or torch.is_anomaly_enabled()
+
+
+def transformed() -> bool:
+    """`torch.func` or forward-mode differentiation follows what runs: autograd functions refuse
+    both, plain calls do not know of them."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def kernel_op(

@@ -223,3 +223,9 @@ def test_forward_mode_loses_its_tangents():
         x = torch.autograd.forward_ad.make_dual(BASE["x"], torch.ones_like(BASE["x"]))
         with pytest.raises(RuntimeError, match="jvp"):
             BASE.changed(x=x).call()
+
+
+def test_a_vmap_is_half_refused():
+    """Not by one of the operators inside, if at all."""
+    with torch.no_grad(), pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.vmap(lambda x: BASE.changed(x=x).call())(torch.stack([BASE["x"]] * 2))

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from turnout.compile_ahead import compile_ahead
@@ -27,7 +26,7 @@ from turnout.experts.early import CPU, check_possible, places_of
 from turnout.experts.gemm import adapter_intermediate
 from turnout.experts.weights import ExpertWeights, Lora, LoraWeights
 from turnout.kernel_facts import INSTALLED
-from turnout.library import kernel_op, reads_values
+from turnout.library import kernel_op, reads_values, transformed
 from turnout.ragged import Ragged, counts_of, memory_size, num_tiles, tile_rows_of
 from turnout.replay import replayed
 from turnout.specs import BackendName, ExpertSpec, Recompute
@@ -325,7 +324,7 @@ def expert_mlp(
     )
     if not torch.compiler.is_compiling():
         others = (*others, call)
-    if keep or forward_ad._current_level >= 0:  # it refuses forward mode, whose tangents it lacks
+    if keep or transformed():
         out: Tensor = _ExpertMlp.apply(*inputs, others)
         return out
     return _forward(*inputs, *others)[0]
