@@ -12,6 +12,7 @@ from tuning_cases import GRAM, PLAIN, ask, entry, gram, rows, search_of
 from turnout.tune import from_reports
 from turnout.tuning import journal, report, table
 from turnout.tuning.cache import Store
+from turnout.tuning.entry import Entry
 from turnout.tuning.prune import Record, loss, prune, records_of, shipped_table
 from turnout.tuning.report import Event
 
@@ -171,6 +172,56 @@ def test_a_report_that_is_read_twice_counts_twice(tmp_path):
     result = from_reports.main([folder, folder / "a.jsonl"], tmp_path / "out.json")
     assert result["searches"] == 1
     assert len(result["reports"]) == 1
+
+
+def cached(folder, records):
+    """The cache of a machine whose `turnout tune` found them."""
+    Store(folder).put(
+        Entry(key=r.key, rows=r.rows, device=r.device, config=r.winner, search=r.search)
+        for r in records
+    )
+    return folder
+
+
+def test_a_search_that_was_killed_before_its_record_is_lost(tmp_path, caplog):
+    """What it found is in the cache, with all times: the folder counts, and so does the file."""
+    found = many({A: 1.0, B: 0.5})
+    cached(tmp_path / "cache", found)
+    (tmp_path / "cache" / "config.json").write_text("{}")  # no file of a cache
+    (file,) = (tmp_path / "cache" / "configs").glob("*.json")
+    emit = tmp_path / "out.json"
+    for place in (tmp_path / "cache", file):
+        assert from_reports.main([place], emit)["searches"] == len(found)
+        made = {entry.place: entry.config for entry in table.read(emit).entries}
+        assert made == {(one.key, one.rows, one.device): B for one in found}
+    assert not caplog.text
+
+
+def test_a_report_with_the_name_of_a_table_is_left_out(tmp_path):
+    written(tmp_path, [record({A: 1.0, B: 0.5})], name="record.json")
+    result = from_reports.main([tmp_path / "record.json"], tmp_path / "out.json")
+    assert (result["searches"], result["faults"]) == (1, [])
+
+
+def test_a_search_in_the_record_and_in_the_cache_counts_twice(tmp_path):
+    found = [record({A: 1.0, B: 0.5}), record({A: 1.0, B: 0.5}, n=768)]
+    cached(tmp_path, found)
+    written(tmp_path, found[:1])
+    result = from_reports.main([tmp_path], tmp_path / "out.json")
+    assert (result["searches"], len(result["reports"])) == (2, 2)
+
+
+def test_a_stored_config_without_times_is_a_record(tmp_path, caplog):
+    whole, shipped = record({A: 1.0, B: 0.5}), record({A: 1.0}, n=768)
+    empty = replace(record({A: 1.0}, n=256), search=replace(whole.search, times=()))
+    cached(tmp_path, [whole, empty, replace(shipped, search=None)])
+    (tmp_path / "broken-triton-3.6.json").write_text("{")
+    with caplog.at_level(logging.WARNING):
+        result = from_reports.main([tmp_path], tmp_path / "out.json")
+    assert result["searches"] == 1
+    assert len(result["faults"]) == 2
+    for text in ("is no JSON", "has no times", *result["faults"]):
+        assert text in caplog.text
 
 
 def test_a_report_of_another_version_stops_the_others(tmp_path, caplog):
