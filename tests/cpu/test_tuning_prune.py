@@ -12,6 +12,7 @@ from tuning_cases import GRAM, PLAIN, ask, entry, gram, rows, search_of
 from turnout.tune import from_reports
 from turnout.tuning import journal, report, table
 from turnout.tuning.cache import Store
+from turnout.tuning.candidates import candidates
 from turnout.tuning.entry import Entry
 from turnout.tuning.prune import Record, loss, prune, records_of, shipped_table
 from turnout.tuning.report import Event
@@ -89,6 +90,23 @@ def test_kernels_chips_or_row_tiles_share_a_list():
     ]
     assert [one.kept for one in prune(found)] == [(A,), (gram(16, 128),), (B,), (C,)]
     assert len({one.group for one in prune(found)}) == 4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("problem", [GRAM, replace(PLAIN, n=16, narrow=True)], ids=["gram", "rows"])
+def test_records_of_adapters_shorten_the_list_of_wide_products(tmp_path, problem, dtype):
+    """A product of 16 columns is timed with narrow tiles alone; of wider ones it says nothing."""
+    narrow = replace(problem, n=16, dtype=dtype)
+    listed = candidates(ask(narrow))[0]
+    found = [
+        record(dict.fromkeys(listed, 1.0), problem=replace(narrow, k=256 * i), n=16)
+        for i in range(1, 9)
+    ]
+    table.write(tmp_path / "a.json", shipped_table([], prune(found)))
+    store = Store(None, tmp_path)
+    assert store.listed(ask(narrow)) == listed[:1]
+    for n in (64, 128, 2048):
+        assert store.listed(ask(replace(problem, n=n, dtype=dtype, narrow=False))) is None
 
 
 def test_a_problem_without_any_kept_time_loses_nothing():

@@ -1,9 +1,9 @@
 """From the records of many machines to fewer candidates and a table that ships.
 
 Records of searches hold the time of every candidate, and so do the files of a cache. Of one family
-(kernel, row tile, element size, architecture) the kept candidates are chosen greedily: whichever
-lowers the mean loss over the problems most, until no problem loses more than `TOLERANCE` or `most`
-are kept.
+(kernel, row tile, element size, width, architecture) the kept candidates are chosen greedily:
+whichever lowers the mean loss over the problems most, until no problem loses more than `TOLERANCE`
+or `most` are kept.
 
     loss of a problem = time of the best kept candidate / time of the best of all candidates - 1
 
