@@ -254,7 +254,7 @@ def tune(
     ] = None,
     from_reports: Annotated[
         list[Path] | None,
-        typer.Option(help="Reports, or folders of them: prune the candidates instead."),
+        typer.Option(help="Reports or files of a cache, or folders: prune the candidates."),
     ] = None,
     emit: Annotated[
         Path | None, typer.Option(help="With --from-reports: the table to write.")

@@ -14,7 +14,7 @@ from turnout.ragged import counts_of, sort_by_expert
 from turnout.routing import fused
 from turnout.shapes import SHAPES
 
-MODELS: dict[str, dict[str, Any]] = {
+_SHAPES: dict[str, dict[str, Any]] = {
     shape.name: {
         "hidden": shape.hidden,
         "intermediate": shape.intermediate,
@@ -22,8 +22,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "top_k": shape.top_k,
     }
     for shape in SHAPES
-    if shape.name in ("qwen3-30b", "mixtral", "gptoss-20b")
 }
+MODELS = {name: _SHAPES[name] for name in ("qwen3-30b", "mixtral", "gptoss-20b")}
+SHIPPED = (_SHAPES["olmoe"], _SHAPES["sonic-readme"])  # besides, with configs that ship for sm_90
 MODELS["gptoss-20b"] |= {"activation": GPT_OSS, "transposed": True, "bias": True}
 ODD = {"hidden": 515, "intermediate": 131, "num_experts": 8, "rank_up": 33, "rank_down": 33}
 DTYPES: dict[str, dict[str, Any]] = {
@@ -124,7 +125,8 @@ def launches(arch: int, dtype: str) -> list[Launch]:
     Configs that ship with the package are chosen by the same host code; their shapes belong here.
     """
     found: dict[str, Launch] = {}
-    for model in (*MODELS.values(), ODD):
+    more = SHIPPED if (arch, dtype) == (90, "bf16") else ()
+    for model in (*MODELS.values(), ODD, *more):
         for rows in ROWS_PER_EXPERT:
             found |= record(arch, dtype, model, rows, "everything trains")
     if dtype in ("bf16", "fp16", "fp32"):

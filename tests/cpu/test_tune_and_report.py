@@ -27,6 +27,7 @@ DEFAULT, TUNED = rows(128), rows(256)
 @pytest.fixture(autouse=True)
 def _fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("TURNOUT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "SHIPPED", tmp_path / "nothing ships")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(report, "autotuners", lambda: ([], 0))
     report.forget()

@@ -12,6 +12,8 @@ from tuning_cases import GRAM, PLAIN, ask, entry, gram, rows, search_of
 from turnout.tune import from_reports
 from turnout.tuning import journal, report, table
 from turnout.tuning.cache import Store
+from turnout.tuning.candidates import candidates
+from turnout.tuning.entry import Entry
 from turnout.tuning.prune import Record, loss, prune, records_of, shipped_table
 from turnout.tuning.report import Event
 
@@ -88,6 +90,23 @@ def test_kernels_chips_or_row_tiles_share_a_list():
     ]
     assert [one.kept for one in prune(found)] == [(A,), (gram(16, 128),), (B,), (C,)]
     assert len({one.group for one in prune(found)}) == 4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("problem", [GRAM, replace(PLAIN, n=16, narrow=True)], ids=["gram", "rows"])
+def test_records_of_adapters_shorten_the_list_of_wide_products(tmp_path, problem, dtype):
+    """A product of 16 columns is timed with narrow tiles alone; of wider ones it says nothing."""
+    narrow = replace(problem, n=16, dtype=dtype)
+    listed = candidates(ask(narrow))[0]
+    found = [
+        record(dict.fromkeys(listed, 1.0), problem=replace(narrow, k=256 * i), n=16)
+        for i in range(1, 9)
+    ]
+    table.write(tmp_path / "a.json", shipped_table([], prune(found)))
+    store = Store(None, tmp_path)
+    assert store.listed(ask(narrow)) == listed[:1]
+    for n in (64, 128, 2048):
+        assert store.listed(ask(replace(problem, n=n, dtype=dtype, narrow=False))) is None
 
 
 def test_a_problem_without_any_kept_time_loses_nothing():
@@ -171,6 +190,56 @@ def test_a_report_that_is_read_twice_counts_twice(tmp_path):
     result = from_reports.main([folder, folder / "a.jsonl"], tmp_path / "out.json")
     assert result["searches"] == 1
     assert len(result["reports"]) == 1
+
+
+def cached(folder, records):
+    """The cache of a machine whose `turnout tune` found them."""
+    Store(folder).put(
+        Entry(key=r.key, rows=r.rows, device=r.device, config=r.winner, search=r.search)
+        for r in records
+    )
+    return folder
+
+
+def test_a_search_that_was_killed_before_its_record_is_lost(tmp_path, caplog):
+    """What it found is in the cache, with all times: the folder counts, and so does the file."""
+    found = many({A: 1.0, B: 0.5})
+    cached(tmp_path / "cache", found)
+    (tmp_path / "cache" / "config.json").write_text("{}")  # no file of a cache
+    (file,) = (tmp_path / "cache" / "configs").glob("*.json")
+    emit = tmp_path / "out.json"
+    for place in (tmp_path / "cache", file):
+        assert from_reports.main([place], emit)["searches"] == len(found)
+        made = {entry.place: entry.config for entry in table.read(emit).entries}
+        assert made == {(one.key, one.rows, one.device): B for one in found}
+    assert not caplog.text
+
+
+def test_a_report_with_the_name_of_a_table_is_left_out(tmp_path):
+    written(tmp_path, [record({A: 1.0, B: 0.5})], name="record.json")
+    result = from_reports.main([tmp_path / "record.json"], tmp_path / "out.json")
+    assert (result["searches"], result["faults"]) == (1, [])
+
+
+def test_a_search_in_the_record_and_in_the_cache_counts_twice(tmp_path):
+    found = [record({A: 1.0, B: 0.5}), record({A: 1.0, B: 0.5}, n=768)]
+    cached(tmp_path, found)
+    written(tmp_path, found[:1])
+    result = from_reports.main([tmp_path], tmp_path / "out.json")
+    assert (result["searches"], len(result["reports"])) == (2, 2)
+
+
+def test_a_stored_config_without_times_is_a_record(tmp_path, caplog):
+    whole, shipped = record({A: 1.0, B: 0.5}), record({A: 1.0}, n=768)
+    empty = replace(record({A: 1.0}, n=256), search=replace(whole.search, times=()))
+    cached(tmp_path, [whole, empty, replace(shipped, search=None)])
+    (tmp_path / "broken-triton-3.6.json").write_text("{")
+    with caplog.at_level(logging.WARNING):
+        result = from_reports.main([tmp_path], tmp_path / "out.json")
+    assert result["searches"] == 1
+    assert len(result["faults"]) == 2
+    for text in ("is no JSON", "has no times", *result["faults"]):
+        assert text in caplog.text
 
 
 def test_a_report_of_another_version_stops_the_others(tmp_path, caplog):

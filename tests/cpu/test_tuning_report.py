@@ -33,6 +33,7 @@ DEFAULT, TUNED = rows(128), rows(256)
 @pytest.fixture(autouse=True)
 def _fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("TURNOUT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "SHIPPED", tmp_path / "nothing ships")
     report.forget()
     yield
     report.forget()

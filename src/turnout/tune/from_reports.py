@@ -1,4 +1,7 @@
-"""`turnout tune --from-reports`: records in, a table that ships out, and what that costs."""
+"""`turnout tune --from-reports`: records in, a table that ships out, and what that costs.
+
+A cache counts as well: a search is in it as soon as it ends, the record is written at the end.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from turnout.tuning import journal, table
-from turnout.tuning.prune import Pruned, Record, prune, records_of, shipped_table
+from turnout.tuning import cache, journal, table
+from turnout.tuning.prune import (
+    Pruned,
+    Record,
+    prune,
+    records_in,
+    records_of,
+    shipped_table,
+)
 
 log = logging.getLogger("turnout.tuning")
 
@@ -21,7 +31,7 @@ def main(places: Sequence[Path], emit: Path | None) -> dict[str, Any]:
     """Merges the reports, writes `emit`, prints what was dropped, returns the `--json` content.
 
     Args:
-        places: reports, or folders of them.
+        places: reports and files of a cache, or folders of them.
         emit: the file to write, for `src/turnout/tuning/configs/`.
 
     Raises:
@@ -37,8 +47,8 @@ def main(places: Sequence[Path], emit: Path | None) -> dict[str, Any]:
         log.warning("%s", fault)
     if not records:
         raise ValueError(
-            f"{len(files)} reports hold no search; expected records of `turnout tune`, which keep "
-            "the time of every candidate"
+            f"{len(files)} reports hold no search; expected records of `turnout tune` or files of "
+            "its cache, which keep the time of every candidate"
         )
     pruned = prune(records)
     made = shipped_table(records, pruned)
@@ -76,17 +86,27 @@ def _read(places: Sequence[Path]) -> tuple[list[Record], list[str], list[Path]]:
     for place in places:
         if not place.exists():
             raise ValueError(f"{place} does not exist; expected a report or a folder of reports")
-        files += [place] if place.is_file() else sorted(place.rglob("*.jsonl"))
+        if place.is_file():
+            files.append(place)
+        else:
+            files += [*sorted(place.rglob("*.jsonl")), *sorted(place.rglob(cache.FILES))]
     files = list(dict.fromkeys(files))
     for path in files:
         try:
-            found, wrong = records_of(journal.read(path))
-        except ValueError as error:  # no report, or another version's: the others count
+            found, wrong = _searches(path)
+        except (ValueError, OSError) as error:  # another version's, or none: the others count
             faults.append(f"{error}; the file is left out")
             continue
         records += found
         faults += wrong
     return list(dict.fromkeys(records)), faults, files  # a later run repeats what it found
+
+
+def _searches(path: Path) -> tuple[list[Record], list[str]]:
+    if path.suffix != ".json" or journal.is_report(path):
+        return records_of(journal.read(path))
+    found, wrong = records_in(table.read(path))
+    return found, [f"{path}: {text}" for text in wrong]
 
 
 def _name(one: Pruned) -> str:

@@ -34,6 +34,7 @@ from turnout.tuning.table import Corrupt, Table
 FAR = 3.0  # octaves: a config of 8 times as many rows is no better than the analytic default
 LOCK_SECONDS = 20.0
 _NO_LOCK = (OSError, Timeout, NotImplementedError)  # the last one: a file system without locks
+FILES = "*-triton-*.json"  # what `_file_of` names
 SHIPPED = Path(__file__).parent / "configs"
 log = logging.getLogger("turnout.tuning")
 

@@ -1,4 +1,4 @@
-"""The configs that the search tries, by kernel, row tile, element size and shared memory.
+"""The configs that the search tries, by kernel, row tile, element size, width and shared memory.
 
 At most 24 per family. A list in `configs/*.json` (made by `turnout tune --from-reports`) takes the
 place of the one here for its architecture.
@@ -87,7 +87,8 @@ class Family:
     Attributes:
         tile_rows: 0 for `gram`.
         item: bytes of the widest element of the product.
-        narrow: the power of two that holds N, 16 to 64; 0 for wider products and for `gram`.
+        narrow: the power of two that holds N, 16 to 64; 0 for wider products. Most tiles are too
+            wide for them, so what they were timed with says nothing of wider ones.
     """
 
     kernel: Kernel
@@ -102,10 +103,13 @@ class Family:
     @classmethod
     def of_sizes(cls, kernel: Kernel, tile_rows: int, dtype: str, n: int) -> Family:
         """From what a stored key knows; `n` is the output width."""
-        item = 4 if dtype == "float32" else 2
         width = max(16, power_of_2(n))
-        is_narrow = kernel == "rows" and width <= 64 and item == 2
-        return cls(kernel=kernel, tile_rows=tile_rows, item=item, narrow=width if is_narrow else 0)
+        return cls(
+            kernel=kernel,
+            tile_rows=tile_rows,
+            item=4 if dtype == "float32" else 2,
+            narrow=width if width <= 64 else 0,
+        )
 
 
 @cache
@@ -127,10 +131,11 @@ def built_in(family: Family, is_roomy: bool) -> tuple[Config, ...]:
             for n, k, m, warps, stages in tiles
             for first in (0, 1)
         )
-    if family.narrow:
-        sizes = tuple((family.narrow, *rest) for rest in _ROWS_NARROW)
-    elif family.item == 4:
+    sizes: tuple[tuple[int, int, int, int], ...]
+    if family.item == 4:
         sizes = _ROWS_FLOAT32
+    elif family.narrow:
+        sizes = tuple((family.narrow, *rest) for rest in _ROWS_NARROW)
     else:
         sizes = (_ROWS_ROOMY if is_roomy else _ROWS_SMALL)[family.tile_rows]
     return tuple(

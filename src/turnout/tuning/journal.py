@@ -91,7 +91,7 @@ def find(place: Path) -> Path:
     if (place / NAME).is_file():
         return place / NAME
     found = sorted(place.rglob("*.jsonl"))
-    reports = [path for path in found if _is_report(path)]
+    reports = [path for path in found if is_report(path)]
     if len(reports) != 1:
         names = ", ".join(str(path.relative_to(place)) for path in reports[:5])
         raise ValueError(
@@ -101,7 +101,8 @@ def find(place: Path) -> Path:
     return reports[0]
 
 
-def _is_report(path: Path) -> bool:
+def is_report(path: Path) -> bool:
+    """The file begins as a report does."""
     with path.open(encoding="utf-8", errors="replace") as file:
         return '"event": "head"' in file.readline()
 

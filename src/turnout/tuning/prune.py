@@ -1,8 +1,9 @@
 """From the records of many machines to fewer candidates and a table that ships.
 
-Records of searches hold the time of every candidate. Of one family (kernel, row tile, element size,
-architecture) the kept candidates are chosen greedily: whichever lowers the mean loss over the
-problems most, until no problem loses more than `TOLERANCE` or `most` are kept.
+Records of searches hold the time of every candidate, and so do the files of a cache. Of one family
+(kernel, row tile, element size, width, architecture) the kept candidates are chosen greedily:
+whichever lowers the mean loss over the problems most, until no problem loses more than `TOLERANCE`
+or `most` are kept.
 
     loss of a problem = time of the best kept candidate / time of the best of all candidates - 1
 
@@ -87,6 +88,29 @@ def records_of(journal: Journal) -> tuple[list[Record], list[str]]:
     return found, faults
 
 
+def records_in(found: Table) -> tuple[list[Record], list[str]]:
+    """The searches in a file of a cache, and what was left out and why."""
+    records, faults = [], []
+    for entry in found.entries:
+        if entry.search is None or entry.key.kernel in FIXED:
+            continue
+        try:
+            search = _timed(entry.search)
+        except ValueError as error:
+            faults.append(f"{entry.key} is left out: {error}")
+            continue
+        records.append(
+            Record(
+                key=entry.key,
+                rows=bucket_of(entry.rows),
+                device=entry.device,
+                winner=entry.config,
+                search=search,
+            )
+        )
+    return records, faults
+
+
 def _record(line: dict[str, Any]) -> Record | None:
     """None for a problem that was not searched."""
     kernel = checked(line, "kernel", str)
@@ -98,16 +122,19 @@ def _record(line: dict[str, Any]) -> Record | None:
         return None
     key = checked(line, "key", dict)
     winner = {n: v for n, v in config_of(line).to_dict().items() if n != "num_ctas"}
-    search = Search.from_dict(checked(line, "search", dict))
-    if min((seconds for _, seconds in search.times), default=0.0) <= 0:
-        raise ValueError("its search has no times")
     return Record(
         key=Key.from_dict(key),
         rows=bucket_of(checked(key, "rows", int)),
         device=checked(line, "device", str),
         winner=Config.of(winner),
-        search=search,
+        search=_timed(Search.from_dict(checked(line, "search", dict))),
     )
+
+
+def _timed(search: Search) -> Search:
+    if min((seconds for _, seconds in search.times), default=0.0) <= 0:
+        raise ValueError("its search has no times")
+    return search
 
 
 def prune(records: Iterable[Record], most: int = MOST) -> tuple[Pruned, ...]:

@@ -1,0 +1,104 @@
+"""The tables that ship: every entry is found by the GPU that it was measured on, and still fits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from tuning_cases import gpu
+from turnout.specs import Activation, GemmProblem
+from turnout.tuning import table
+from turnout.tuning.cache import SHIPPED, Store
+from turnout.tuning.entry import Entry
+from turnout.tuning.key import Ask
+from turnout.tuning.space import fits
+
+HOPPER = table.read(SHIPPED / "hopper.json")
+GPUS = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
+
+
+@pytest.fixture(autouse=True)
+def _its_triton(monkeypatch):
+    monkeypatch.setattr("turnout.tuning.key.triton_version", lambda: "3.6")
+
+
+@pytest.fixture(scope="module")
+def store():
+    return Store(None)
+
+
+def asked(entry: Entry, device: str, arch: int = 90) -> Ask:
+    """The question that the entry answers, on that GPU."""
+    key, on = entry.key, set(entry.key.layout)
+    epilogue = None if key.epilogue == "none" else key.epilogue
+    interleaved = "activation_interleaved" in on
+    problem = GemmProblem(
+        ragged="k" if key.kernel == "gram" else "m",
+        rows=entry.rows,
+        experts=key.experts,
+        n=key.n,
+        k=key.k,
+        rank=key.rank,
+        dtype=key.dtype,
+        weight_dtype=key.weight_dtype,
+        epilogue=epilogue,
+        activation=Activation(interleaved=interleaved) if epilogue else None,
+        gathered="gathered" in on,
+        weight_k_major="k_major" in on,
+        bias="bias" in on,
+        dropout="dropout" in on,
+        narrow="narrow" in on,
+    )
+    return Ask(
+        kernel=key.kernel, problem=problem, device=gpu(arch, device), tile_rows=key.tile_rows
+    )
+
+
+def test_a_table_that_ships_can_not_be_read():
+    for path in SHIPPED.glob("*.json"):
+        found = table.read(path)
+        assert len(found.entries) == len(json.loads(path.read_text())["entries"])
+        assert len({entry.place for entry in found.entries}) == len(found.entries)
+
+
+def test_the_gpu_that_was_measured_runs_with_something_else(store):
+    assert {entry.device for entry in HOPPER.entries} == set(GPUS)
+    for entry in HOPPER.entries:
+        question = asked(entry, entry.device)
+        assert question.key == entry.key
+        assert fits(question, entry.config) is None
+        found = store.find(question)
+        assert (found.entry, found.source, found.is_exact) == (entry, "shipped", True)
+
+
+def test_another_hopper_gpu_runs_with_the_default(store):
+    for entry in HOPPER.entries:
+        found = store.find(asked(entry, "NVIDIA GH200 480GB"))
+        assert found.entry.rows == entry.rows
+        assert not found.is_exact
+
+
+def test_another_chip_or_triton_takes_configs_of_hopper(store, monkeypatch):
+    entry = HOPPER.entries[0]
+    assert store.find(asked(entry, "A100", arch=80)) is None
+    assert store.listed(asked(entry, "A100", arch=80)) is None
+    monkeypatch.setattr("turnout.tuning.key.triton_version", lambda: "3.9")
+    assert store.find(asked(entry, entry.device)) is None
+
+
+def test_a_shipped_list_leaves_a_measured_problem_nothing_to_try(store):
+    for entry in HOPPER.entries:
+        question = asked(entry, entry.device)
+        listed = store.listed(question)
+        assert len(listed) >= 2
+        assert any(fits(question, config) is None for config in listed)
+
+
+def test_records_of_adapters_decide_what_wide_products_try(store):
+    """All records of `gram` are of 16 columns: on Hopper another kernel takes the wider ones."""
+    gram = next(entry for entry in HOPPER.entries if entry.key.kernel == "gram")
+    question = asked(gram, gram.device)
+    for n in (32, 64, 2048):
+        assert store.listed(replace(question, problem=replace(question.problem, n=n))) is None
