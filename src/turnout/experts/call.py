@@ -51,6 +51,11 @@ class Call:
 _calls: OrderedDict[Hashable, Call] = OrderedDict()
 
 
+def _autocast(device: str) -> torch.dtype | None:
+    """What autocast asks for there, if it is on."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def called(
     tensors: Sequence[Tensor | None], options: tuple[Hashable, ...], check: Callable[[], Call]
 ) -> Call:
@@ -59,13 +64,11 @@ def called(
     if torch.compiler.is_compiling() or x is None or x.is_meta:
         return check()
     try:
-        device = x.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         facts = [
             None if t is None else (type(t), t.dtype, t.device, t.shape, t.stride())
             for t in tensors
         ]
-        key = (*facts, autocast, options)
+        key = (*facts, _autocast(x.device.type), options)
         found = _calls.get(key)
     except (AttributeError, TypeError):
         return check()  # it says what is no tensor, or no option
@@ -77,17 +80,15 @@ def called(
 
 
 def check_call(
-    tensors: Sequence[Tensor | None],
-    options: tuple[ExpertSpec, Recompute, BackendName, float],
+    x: Tensor,
+    experts: Tensor,
+    weights_TK: Tensor,
     weights: ExpertWeights,
     lora: LoraWeights,
+    options: tuple[ExpertSpec, Recompute, BackendName, float],
 ) -> Call:
     """See `turnout.experts.ops.expert_mlp` for what must fit and what is raised."""
-    x, experts, weights_TK = tensors[:3]
     spec, recompute, backend, dropout = options
-    assert x is not None
-    assert experts is not None
-    assert weights_TK is not None
     dims = check_weights(weights, spec)
     check_lora(lora, dims, weights)
     _check_inputs(x, experts, weights_TK, weights, dims)
@@ -105,9 +106,8 @@ def check_call(
             f"the expert weights are {dtype}; quantised experts are not supported. Load them in "
             "bfloat16 or float16"
         )
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if dtype != torch.float64:
+        dtype = _autocast(x.device.type) or dtype
     return Call(dims.experts, dtype, encode(spec, recompute, backend, dtype))
 
 

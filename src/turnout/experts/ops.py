@@ -92,17 +92,18 @@ def _forward_fake(*args: Any) -> list[Tensor]:
 )
 def _forward(*args: Any) -> list[Tensor]:
     """The output and, with `keep`, what `_saved` names. A `Call` may follow the op's arguments."""
+    args, call = args[:18], args[18:]
 
     def function() -> list[Tensor]:
         if args[0].is_cuda and INSTALLED:
-            _compile_ahead(args[:18])
-        return _run_forward(*args[:18])
+            _compile_ahead(args)
+        return _run_forward(*args)
 
     if not (args[0].is_cuda and INSTALLED):
         return function()
-    if len(args) > 18:
+    if call:
         counted = None if args[12] is None else args[12].dtype
-        key = ("forward", args[18], *args[14:18], counted)
+        key = ("forward", *call, *args[14:], counted)
         return list(replayed(key, args[:13], function, known=True))
     return list(replayed(("forward", *args[13:]), args[:13], function))
 
@@ -296,7 +297,8 @@ def expert_mlp(
         None if down is None else down.b_ORE,
     )
     options = spec, recompute, backend, expert_dropout
-    call = called(tensors, options, lambda: check_call(tensors, options, weights, lora))
+    check = partial(check_call, x_TH, experts_TK, weights_TK, weights, lora, options)
+    call = called(tensors, options, check)
     if reads_values(experts_TK):
         check_indices(experts_TK, call.experts)
     if backend in sonic.NAMES:
