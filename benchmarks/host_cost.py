@@ -59,10 +59,7 @@ def forward(shape_name: str, tokens: int, mode: Mode, device: torch.device) -> C
     weights, lora = bundles(leaves)
 
     def run() -> object:
-        with torch.set_grad_enabled(mode != "fwd"):
-            return expert_mlp(
-                leaves.x, work.experts_TK, leaves.weights_TK, weights, SPEC, lora=lora
-            )
+        return expert_mlp(leaves.x, work.experts_TK, leaves.weights_TK, weights, SPEC, lora=lora)
 
     return run
 

@@ -17,8 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, reduce
-from operator import or_
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -324,4 +323,7 @@ def _check_storage(tensors: tuple[Tensor | None, ...]) -> None:
 
 def aligned(addresses: Iterable[int | None]) -> bool:
     """All to 16 bytes, which is what Triton asks for wide loads."""
-    return not reduce(or_, [a for a in addresses if a is not None], 0) & 15
+    bits = 0
+    for address in addresses:
+        bits |= address or 0
+    return not bits & 15

@@ -21,13 +21,14 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from turnout.launch import Launch, aligned, current_device, listening, recording, stream_of
+from turnout.shortcuts import empty_on_gpu
 
 _aten = torch.ops.aten
 _ALLOCATE = {
@@ -120,8 +121,7 @@ class _Tape(TorchDispatchMode):
         self.obstacle = self.obstacle or reason
 
 
-@dataclass(frozen=True, slots=True)
-class _Memory:
+class _Memory(NamedTuple):
     """An output or a slab.
 
     Attributes:
@@ -135,8 +135,7 @@ class _Memory:
     places: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
+class _Step(NamedTuple):
     """One launch: what is allocated before it, what runs, and the slabs that end with it.
 
     Attributes:
@@ -178,11 +177,11 @@ class _Program:
             flat[place] = addresses[owner] + offset
         alive: list[Tensor | None] = [None] * len(self.memory)
         stream = stream_of(self.device.index)
-        for step in self.steps:
-            for index in step.born:
+        for born, run, grid, head, pick, rest, gone in self.steps:
+            for index in born:
                 alive[index] = self._allocate(index, flat)
-            step.run(*step.grid, stream, *step.head, *step.pick(flat), *step.rest)
-            for index in step.gone:
+            run(*grid, stream, *head, *pick(flat), *rest)
+            for index in gone:
                 alive[index] = None
         outputs = []
         for index, found in enumerate(alive[: self.num_outputs]):
@@ -190,12 +189,10 @@ class _Program:
         return outputs
 
     def _allocate(self, index: int, flat: list[int | None]) -> Tensor:
-        memory = self.memory[index]
-        made = torch.empty_strided(
-            memory.shape, memory.stride, dtype=memory.dtype, device=self.device
-        )
+        shape, stride, dtype, places = self.memory[index]
+        made = empty_on_gpu(shape, stride, dtype, self.device)
         start = made.data_ptr()
-        for place, offset in memory.places:
+        for place, offset in places:
             flat[place] = start + offset
         return made
 

@@ -23,6 +23,7 @@ LAYERS = {
     "device": 1,
     "measure": 2,
     "library": 2,
+    "shortcuts": 2,
     "launch": 2,
     "testing": 2,
     "ragged": 3,

@@ -9,6 +9,7 @@ from cuda_cases import DEVICE, make
 from problems import Problem, assert_same, output_gradient, run
 from turnout import replay
 from turnout.experts import ops
+from turnout.shortcuts import empty_on_gpu
 
 CALLS = 4  # as it is, recorded, replayed, replayed
 
@@ -40,6 +41,22 @@ def test_a_replay_differs(shape: str, needs: str, recompute: str) -> None:
         assert_same(run(problem, **options), direct(problem, **options))
     if needs == "LoRA" and shape != "T257-E8-K2-H515":
         assert programs() == 2, "forward and backward"
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("needs", ["LoRA", "full"])
+def test_memory_made_quickly_differs(needs: str) -> None:
+    """Elsewhere here torch's deterministic mode is on, in which torch itself makes the memory."""
+    made: list[torch.Tensor] = []
+    for seed in range(CALLS):
+        problem = make("T600-E16-K4-R33", seed=seed)
+        names = problem.trained_by_lora if needs == "LoRA" else tuple(problem.leaves)
+        options = {"needs": names, "dout": output_gradient(problem, seed)}
+        assert_same(run(problem, **options), direct(problem, **options))
+        made.append(empty_on_gpu((3, 5), (1, 3), torch.bfloat16, torch.device(DEVICE)))
+    assert {(m.shape, m.stride(), m.dtype, m.device.type) for m in made} == {
+        ((3, 5), (1, 3), torch.bfloat16, "cuda")
+    }
 
 
 def test_dropped_slots_come_back() -> None:

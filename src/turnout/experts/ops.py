@@ -315,7 +315,7 @@ def expert_mlp(
             dropout=expert_dropout > 0,
         )
     seed = draw_seed(x_TH.device) if expert_dropout > 0 and (up or down) else None
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    keep = torch.is_grad_enabled() and True in [t.requires_grad for t in tensors if t is not None]
     inputs = (*tensors, seed, counts_of(experts_TK, call.experts))
     others: tuple[Any, ...] = (
         call.encoded,
