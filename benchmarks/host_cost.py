@@ -2,6 +2,9 @@
 
     PYTHONPATH=src python3 benchmarks/host_cost.py --commit $(git rev-parse --short HEAD)
 
+All cases are measured in turn, `--rounds` times, and the least of a case's medians counts: whoever
+shares the machine slows the host for seconds at a time, and nothing makes it faster than it is.
+
 Demand: at most 30 microseconds beyond 15 for each launch. See benchmarks/README.md.
 """
 
@@ -95,17 +98,24 @@ def main() -> int:
     out = Path(args.out) if args.out else HERE / "results" / f"host_{slug(name)}.csv"
     file = File(TABLE, out)
     facts = args.commit or git_commit(), name, torch.__version__, version_of("triton")
-    for shape in args.shapes.split(","):
-        for mode in MODES:
-            run = forward(shape, args.tokens, mode, device)
-            run()
-            launches = launches_of(run)
+    cases = {
+        (shape, mode): forward(shape, args.tokens, mode, device)
+        for shape in args.shapes.split(",")
+        for mode in MODES
+    }
+    medians: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+    for _ in range(args.rounds):
+        for case, run in cases.items():
             timing = host_seconds(run, device=device, warmup=20, repeats=args.repeats)
-            host = timing.median * 1e6
-            beyond = host - PER_LAUNCH * launches
-            file.add(Row(*facts, shape, args.tokens, mode, launches, host, beyond))
-            spread = f"{timing.low * 1e6:.1f} to {timing.high * 1e6:.1f}"
-            print(f"{shape:12s} {mode:6s} {host:7.1f} us ({spread}), {launches} launches")
+            medians[case].append(timing.median * 1e6)
+    for (shape, mode), run in cases.items():
+        launches = launches_of(run)
+        found_us = medians[shape, mode]
+        host = min(found_us)
+        beyond = host - PER_LAUNCH * launches
+        file.add(Row(*facts, shape, args.tokens, mode, launches, host, beyond))
+        others = ", ".join(f"{us:.0f}" for us in found_us)
+        print(f"{shape:12s} {mode:6s} {host:7.1f} us of {others}; {launches} launches")
     found = demands(file.rows)
     print(f"\n{len(file.rows)} rows in {out}\n\n{show(found)}")
     return 0 if all(must.passed for must in found) else 1
@@ -116,7 +126,8 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--shapes", default="qwen3-30b,gptoss-20b,mixtral", help="joined by commas")
     add("--tokens", type=int, default=4)
-    add("--repeats", type=int, default=400)
+    add("--rounds", type=int, default=9)
+    add("--repeats", type=int, default=200, help="calls in a round")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", help="the CSV; benchmarks/results/host_<gpu>.csv by default")
     add("--commit", help="for the first column; asked of git by default")

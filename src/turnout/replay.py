@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from turnout.launch import Launch, aligned, current_device, listening, recording, stream_of
-from turnout.shortcuts import empty_on_gpu
+from turnout.shortcuts import empty_on
 
 _aten = torch.ops.aten
 _ALLOCATE = {
@@ -51,7 +51,7 @@ _VIEW = {
 }
 _ALIGN = 256
 _LIMIT = 512  # programs that are kept
-_SLAB = 32 * 2**20  # bytes that a slab may have whatever its parts have: one allocation for many
+_SLAB = 16 * 2**20  # bytes that a slab may have whatever its parts have: one allocation for many
 
 
 @dataclass(slots=True)
@@ -176,25 +176,26 @@ class _Program:
         for place, owner, offset in self.inputs:
             flat[place] = addresses[owner] + offset
         alive: list[Tensor | None] = [None] * len(self.memory)
-        stream = stream_of(self.device.index)
+        empty, stream = empty_on(self.device), stream_of(self.device.index)
+
+        def allocate(index: int) -> Tensor:
+            shape, stride, dtype, places = self.memory[index]
+            made = alive[index] = empty(shape, stride, dtype)
+            start = made.data_ptr()
+            for place, offset in places:
+                flat[place] = start + offset
+            return made
+
         for born, run, grid, head, pick, rest, gone in self.steps:
             for index in born:
-                alive[index] = self._allocate(index, flat)
+                allocate(index)
             run(*grid, stream, *head, *pick(flat), *rest)
             for index in gone:
                 alive[index] = None
-        outputs = []
-        for index, found in enumerate(alive[: self.num_outputs]):
-            outputs.append(self._allocate(index, flat) if found is None else found)
-        return outputs
-
-    def _allocate(self, index: int, flat: list[int | None]) -> Tensor:
-        shape, stride, dtype, places = self.memory[index]
-        made = empty_on_gpu(shape, stride, dtype, self.device)
-        start = made.data_ptr()
-        for place, offset in places:
-            flat[place] = start + offset
-        return made
+        return [
+            allocate(index) if made is None else made
+            for index, made in enumerate(alive[: self.num_outputs])
+        ]
 
 
 _programs: OrderedDict[Hashable, _Program | str | None] = OrderedDict()

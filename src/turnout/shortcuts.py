@@ -37,15 +37,16 @@ def same_kind(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
     return check
 
 
-def empty_on_gpu(
-    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """`torch.empty_strided` on the current GPU, which `device` has to be.
+def empty_on(device: torch.device) -> Callable[[Sequence[int], Sequence[int], torch.dtype], Tensor]:
+    """Makes what `torch.empty_strided` does, from shape, strides and dtype.
 
-    In torch's deterministic mode that fills the memory, and so it is left to torch.
+    Made for one stretch of work: on a GPU, which has to be the current one, while it is that, and
+    while torch's deterministic mode stays as it is. That mode fills memory, so it is left to torch.
     """
     quick = _empty_strided_cuda is not None and device.type == "cuda"
-    if not quick or torch.are_deterministic_algorithms_enabled():
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    made: Tensor = _empty_strided_cuda(shape, stride, dtype)
-    return made
+    if quick and not torch.are_deterministic_algorithms_enabled():
+        found: Callable[[Sequence[int], Sequence[int], torch.dtype], Tensor] = _empty_strided_cuda
+        return found
+    return lambda shape, stride, dtype: torch.empty_strided(
+        shape, stride, dtype=dtype, device=device
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 from turnout import shortcuts
 from turnout.experts import call as calls
 from turnout.experts.call import Call, called
-from turnout.shortcuts import empty_on_gpu, same_kind
+from turnout.shortcuts import empty_on, same_kind
 
 ONE = torch.zeros(4, 8)
 OTHERS: dict[str, Callable[[], Tensor]] = {
@@ -110,7 +110,7 @@ def test_what_is_no_tensor_is_not_left_to_the_check(wrong: object, quick: bool) 
 
 
 def test_memory_is_made_on_another_device(quick: bool) -> None:
-    made = empty_on_gpu((2, 3), (1, 2), torch.float16, torch.device("cpu"))
+    made = empty_on(torch.device("cpu"))((2, 3), (1, 2), torch.float16)
     assert (made.shape, made.stride(), made.dtype) == ((2, 3), (1, 2), torch.float16)
     assert made.device.type == "cpu"
 
@@ -122,5 +122,5 @@ def test_deterministic_mode_leaves_memory_as_it_is(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "empty_strided", lambda *_, **__: asked.append("torch"))
     for enabled in (False, True):
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda on=enabled: on)
-        empty_on_gpu((2,), (1,), torch.float16, torch.device("cuda", 0))
+        empty_on(torch.device("cuda", 0))((2,), (1,), torch.float16)
     assert asked == ["quick", "torch"]

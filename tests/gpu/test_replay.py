@@ -9,7 +9,7 @@ from cuda_cases import DEVICE, make
 from problems import Problem, assert_same, output_gradient, run
 from turnout import replay
 from turnout.experts import ops
-from turnout.shortcuts import empty_on_gpu
+from turnout.shortcuts import empty_on
 
 CALLS = 4  # as it is, recorded, replayed, replayed
 
@@ -53,7 +53,7 @@ def test_memory_made_quickly_differs(needs: str) -> None:
         names = problem.trained_by_lora if needs == "LoRA" else tuple(problem.leaves)
         options = {"needs": names, "dout": output_gradient(problem, seed)}
         assert_same(run(problem, **options), direct(problem, **options))
-        made.append(empty_on_gpu((3, 5), (1, 3), torch.bfloat16, torch.device(DEVICE)))
+        made.append(empty_on(torch.device(DEVICE))((3, 5), (1, 3), torch.bfloat16))
     assert {(m.shape, m.stride(), m.dtype, m.device.type) for m in made} == {
         ((3, 5), (1, 3), torch.bfloat16, "cuda")
     }
