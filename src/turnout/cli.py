@@ -259,6 +259,9 @@ def tune(
     emit: Annotated[
         Path | None, typer.Option(help="With --from-reports: the table to write.")
     ] = None,
+    onto: Annotated[
+        Path | None, typer.Option(help="With --from-reports: the shipped table to start from.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Search the fastest config of every kernel, or prune the search from recorded reports."""
@@ -271,14 +274,17 @@ def tune(
                 "reports are merged without a search"
             )
 
-        _run(lambda: merge.main([*from_reports, *(more or [])], emit), json_file)
+        _run(lambda: merge.main([*from_reports, *(more or [])], emit, onto), json_file)
         return
-    if more or emit is not None:
-        raise ValueError("got places or --emit without --from-reports; expected both or neither")
+    if more or emit is not None or onto is not None:
+        raise ValueError(
+            "got places, --emit or --onto without --from-reports; expected them together. Name the "
+            "reports, or leave these out to search"
+        )
     flags = {
         name: value
         for name, value in locals().items()
-        if name not in ("json_file", "more", "emit", "from_reports")
+        if name not in ("json_file", "more", "emit", "onto", "from_reports")
     }
     from turnout.tune.command import TuneConfig, main
 

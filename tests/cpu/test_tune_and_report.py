@@ -262,8 +262,10 @@ def test_tuning_without_a_gpu_is_a_traceback(monkeypatch, capsys):
     [
         (["here"], "--from-reports"),
         (["--emit", "x.json"], "--from-reports"),
+        (["--onto", "x.json"], "--onto without --from-reports"),
         (["--from-reports", "nowhere", "--emit", "x.json"], "does not exist"),
         (["--from-reports", "."], "--emit"),
+        (["--from-reports", ".", "--emit", "x.json", "--onto", "y.json"], "--onto is y.json"),
         (["--from-reports", ".", "--emit", "x.json", "--shape", "tiny"], "without a search"),
     ],
 )
@@ -279,6 +281,18 @@ def test_reports_of_several_folders_are_one_argument(tmp_path, monkeypatch, caps
     assert turnout(monkeypatch, "tune", "--from-reports", one, two, "--emit", emit) == 0
     assert "2 reports" in capsys.readouterr().out
     assert len(json.loads(emit.read_text())["entries"]) == 1
+
+
+def test_a_shipped_table_is_no_start_on_the_command_line(tmp_path, monkeypatch, capsys):
+    """What the first command made is the second one's start, and its target."""
+    run, emit, out = a_run(tmp_path / "run"), tmp_path / "h100.json", tmp_path / "out.json"
+    assert turnout(monkeypatch, "tune", "--from-reports", run, "--emit", emit) == 0
+    before = emit.read_bytes()
+    arguments = ("--from-reports", run, "--onto", emit, "--emit", emit, "--json", out)
+    assert turnout(monkeypatch, "tune", *arguments) == 0
+    assert emit.read_bytes() == before
+    assert json.loads(out.read_text())["onto"] == str(emit)
+    assert "onto 1 configs" in capsys.readouterr().out
 
 
 def test_a_named_shape_can_not_be_tuned():

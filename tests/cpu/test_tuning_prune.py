@@ -16,6 +16,7 @@ from turnout.tuning.candidates import candidates
 from turnout.tuning.entry import Entry
 from turnout.tuning.prune import Record, loss, prune, records_of, shipped_table
 from turnout.tuning.report import Event
+from turnout.tuning.table import Table
 
 A, B, C = rows(128), rows(256), rows(64)
 
@@ -267,3 +268,139 @@ def test_a_mistake_is_a_traceback(tmp_path, places, emit, text):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=text):
         from_reports.main([tmp_path / one for one in places], emit and tmp_path / emit)
+
+
+def test_a_shipped_list_shrinks():
+    """Nothing of it is needed here but B, which it does not have; the rest of it stays in front."""
+    found = many({A: 1.0, B: 0.5, C: 2.0})
+    (one,) = prune(found, base={found[0].group: (C, A)})
+    assert (one.base, one.kept, one.dropped) == ((C, A), (C, A, B), ())
+
+
+def test_a_shipped_list_that_is_good_enough_grows():
+    found = many({A: 1.0, B: 0.995})
+    (one,) = prune(found, base={found[0].group: (A,)})
+    assert (one.kept, one.dropped) == ((A,), (B,))
+    assert one.base_regret == (pytest.approx(1 / 0.995 - 1), pytest.approx(1 / 0.995 - 1))
+    (new,) = prune(found)
+    assert (new.base, new.kept, new.base_regret) == ((), (B,), None)
+
+
+def test_a_problem_that_the_choice_does_not_see_makes_a_shipped_list_longer():
+    """Held-out problems alone lose with A: the list stays, both figures say what it loses."""
+    found = [
+        record({A: 1.0, B: 0.5 if one.is_held_out else 1.0}, n=one.key.n) for one in many({A: 1.0})
+    ]
+    (one,) = prune(found, base={found[0].group: (A,)})
+    assert one.kept == (A,)
+    assert one.regret == (pytest.approx(1.0), pytest.approx(1.0))
+    mean = 2 ** (one.held_out / len(found)) - 1
+    assert one.base_regret == (pytest.approx(mean), pytest.approx(1.0))
+
+
+def test_the_loss_of_a_shipped_list_is_that_of_the_longer_one():
+    """All problems count, also those that the longer list was chosen by."""
+    found = many({A: 1.0, B: 0.5})
+    (one,) = prune(found, base={found[0].group: (A,)})
+    assert one.regret == (0.0, 0.0)
+    assert one.base_regret == (pytest.approx(1.0), pytest.approx(1.0))
+
+
+def test_a_shipped_list_that_nobody_timed_is_a_traceback():
+    found = many({A: 1.0, B: 0.5})
+    (one,) = prune(found, base={found[0].group: (C,)})
+    assert one.kept == (C, B)
+    assert one.base_regret == (float("inf"), float("inf"))
+
+
+def test_a_shipped_list_grows_beyond_the_most():
+    wanted = (A, B, C) * 4
+    found = [record({A: 1.0, B: 1.0, C: 1.0} | {c: 0.5}, n=256 * i) for i, c in
+             enumerate(wanted, start=1)]  # fmt: skip
+    group = found[0].group
+    assert [len(one.kept) for one in prune(found, most=2, base={group: (A,)})] == [2]
+    assert [one.kept for one in prune(found, most=1, base={group: (C, A)})] == [(C, A)]
+
+
+def test_a_shipped_list_without_a_record_is_judged():
+    found = many({A: 1.0, B: 0.5})
+    other = record({gram(16, 128): 1.0}, problem=GRAM, n=16).group
+    (one,) = prune(found, base={other: (gram(16, 128),)})
+    assert (one.group, one.base, one.base_regret) == (found[0].group, (), None)
+
+
+def base_table(folder):
+    """A table that ships: `record()` on an H100 and on an H200, and lists of two families."""
+    on = record({A: 1.0})
+    wide, narrow = on.group, record({gram(16, 128): 1.0}, problem=GRAM, n=16).group
+    entries = [
+        Entry(key=on.key, rows=on.rows, device=device, config=A) for device in ("H100", "H200")
+    ]
+    path = folder / "shipped" / "hopper.json"
+    table.write(path, Table(tuple(entries), {narrow: (gram(16, 128),), wide: (A,)}))
+    return path
+
+
+def test_a_table_that_ships_is_lost_when_its_records_are(tmp_path, capsys):
+    """Onto itself: one entry is replaced, one added, the list longer, all else as it was."""
+    path = base_table(tmp_path)
+    before = table.read(path)
+    found = [record({A: 1.0, B: 0.5}), record({A: 1.0, B: 0.5, C: 2.0}, n=768)]
+    result = from_reports.main([written(tmp_path / "new", found)], path, path)
+    made = table.read(path)
+    assert made.entries[0] == replace(before.entries[0], config=B)
+    assert made.entries[1] == before.entries[1]
+    assert [entry.place for entry in made.entries[2:]] == [(found[1].key, found[1].rows, "H100")]
+    wide, narrow = found[0].group, next(iter(before.candidates))
+    assert list(made.candidates.items()) == [(narrow, before.candidates[narrow]), (wide, (A, B))]
+    assert (result["onto"], result["searches"], result["entries"]) == (str(path), 2, 3)
+    (group,) = result["groups"]
+    assert group["kernel"] == "rows"
+    assert (group["base_regret"], group["worst_base_regret"]) == (pytest.approx(1.0),) * 2
+    text = capsys.readouterr().out
+    assert "base worst" in text
+    assert "100.00 %" in text
+    assert f"added: rows sm_90 tile 128: {B}" in text
+    assert f"dropped: rows sm_90 tile 128: {C}" in text
+    assert "onto 2 configs" in text
+    assert "gram" not in text
+    assert [file.name for file in path.parent.iterdir()] == ["hopper.json"]
+
+
+def test_records_alone_are_said_to_have_a_base(tmp_path, capsys):
+    result = from_reports.main([written(tmp_path, many({A: 1.0}))], tmp_path / "out.json")
+    assert result["onto"] is None
+    assert result["groups"][0]["base_regret"] is None
+    text = capsys.readouterr().out
+    assert not [word for word in ("base", "added", "onto") if word in text]
+
+
+def changed(path, change):
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda path: path.unlink(), "is no file"),
+        (lambda path: path.write_text("{"), "is no JSON"),
+        (lambda path: path.write_bytes(b"\xff\xfe"), "is no text"),
+        (lambda path: path.write_text("[]"), "has format None; expected a table of format 1"),
+        (lambda path: changed(path, lambda t: t.update(format=9)), "has format 9"),
+        (lambda path: changed(path, lambda t: t["entries"][0].pop("n")), "1 of 2 entries"),
+        (lambda path: changed(path, lambda t: t["entries"][0].update(new=1)), "would be lost"),
+        (lambda path: changed(path, lambda t: t["candidates"].append(3)), "2 lists"),
+    ],
+)
+def test_what_can_not_be_read_of_a_shipped_table_is_lost(tmp_path, damage, text):
+    path = base_table(tmp_path)
+    damage(path)
+    before = path.read_bytes() if path.exists() else None
+    new = written(tmp_path / "new", [record({A: 1.0})])
+    with pytest.raises(ValueError, match=text) as error:
+        from_reports.main([new], path, path)
+    assert "--onto" in str(error.value)
+    assert "leave --onto out" in str(error.value)
+    assert (path.read_bytes() if path.exists() else None) == before

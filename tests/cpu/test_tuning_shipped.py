@@ -73,6 +73,14 @@ def test_the_gpu_that_was_measured_runs_with_something_else(store):
         assert (found.entry, found.source, found.is_exact) == (entry, "shipped", True)
 
 
+def test_a_problem_that_one_gpu_was_measured_on_is_missing_for_the_other():
+    one, other = (
+        {(entry.key, entry.rows) for entry in HOPPER.entries if entry.device == device}
+        for device in GPUS
+    )
+    assert one == other
+
+
 def test_another_hopper_gpu_runs_with_the_default(store):
     for entry in HOPPER.entries:
         found = store.find(asked(entry, "NVIDIA GH200 480GB"))

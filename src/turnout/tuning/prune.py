@@ -9,13 +9,16 @@ or `most` are kept.
 
 The regret is that loss on problems that the choice did not see: every `HOLD_OUT`-th one, by a hash
 of its key, so that the same records always give the same answer.
+
+A list that ships already can be the start: all of it stays, and more is kept only where it loses
+more than `TOLERANCE`. It was made without these records, so all of them say what it loses.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,15 +64,19 @@ class Pruned:
     """The candidates of one group after pruning.
 
     Attributes:
+        base: what `kept` begins with, a list that ships already; empty without one.
         kept, dropped: in the order of their use.
         regret: (geometric mean, largest) loss on held-out problems; None without any.
+        base_regret: the same of `base` alone, over all problems; None without one.
         held_out: how many.
     """
 
     group: Group
+    base: tuple[Config, ...]
     kept: tuple[Config, ...]
     dropped: tuple[Config, ...]
     regret: tuple[float, float] | None
+    base_regret: tuple[float, float] | None
     seen: int
     held_out: int
 
@@ -137,42 +144,63 @@ def _timed(search: Search) -> Search:
     return search
 
 
-def prune(records: Iterable[Record], most: int = MOST) -> tuple[Pruned, ...]:
-    """The shorter lists, one per group; groups in the order of their first record."""
+def prune(
+    records: Iterable[Record],
+    most: int = MOST,
+    base: Mapping[Group, tuple[Config, ...]] | None = None,
+) -> tuple[Pruned, ...]:
+    """The shorter lists, one per group; groups in the order of their first record.
+
+    Args:
+        records: searches of any groups.
+        most: no list grows beyond it; one of `base` that is longer stays as it is.
+        base: lists to start from. Groups without a record are not in the answer.
+    """
     groups: dict[Group, list[Record]] = {}
     for record in records:
         groups.setdefault(record.group, []).append(record)
-    return tuple(_prune(group, found, most) for group, found in groups.items())
+    lists = base or {}
+    return tuple(
+        _prune(group, found, most, lists.get(group, ())) for group, found in groups.items()
+    )
 
 
-def _prune(group: Group, records: list[Record], most: int) -> Pruned:
-    every = list(dict.fromkeys(config for record in records for config in record.times))
+def _prune(group: Group, records: list[Record], most: int, base: tuple[Config, ...]) -> Pruned:
+    timed = (config for record in records for config in record.times)
+    every = list(dict.fromkeys([*base, *timed]))
     seen = [record for record in records if not record.is_held_out]
     held_out = [record for record in records if record.is_held_out] if seen else []
-    kept = _choose(seen or records, every, most)
-    losses = [loss(record, kept) for record in held_out]
-    regret = None
-    if losses:
-        mean = math.exp(sum(math.log1p(one) for one in losses) / len(losses)) - 1
-        regret = mean, max(losses)
+    kept = _choose(seen or records, every, most, base)
     return Pruned(
         group=group,
+        base=base,
         kept=tuple(kept),
         dropped=tuple(config for config in every if config not in kept),
-        regret=regret,
+        regret=_regret(held_out, kept),
+        base_regret=_regret(records, base) if base else None,
         seen=len(seen or records),
         held_out=len(held_out),
     )
 
 
-def _choose(records: list[Record], every: list[Config], most: int) -> list[Config]:
-    kept: list[Config] = []
+def _choose(
+    records: list[Record], every: list[Config], most: int, base: tuple[Config, ...]
+) -> list[Config]:
+    kept = list(base)
     while len(kept) < min(most, len(every)):
         if kept and all(loss(record, kept) <= TOLERANCE for record in records):
             break
         rest = [config for config in every if config not in kept]
         kept.append(min(rest, key=lambda config: _mean_loss(records, [*kept, config])))
     return kept
+
+
+def _regret(records: list[Record], kept: Sequence[Config]) -> tuple[float, float] | None:
+    """(geometric mean, largest) loss; None without records."""
+    if not records:
+        return None
+    losses = [loss(record, kept) for record in records]
+    return math.exp(sum(map(math.log1p, losses)) / len(losses)) - 1, max(losses)
 
 
 def _mean_loss(records: list[Record], kept: list[Config]) -> float:
