@@ -50,6 +50,7 @@ _VIEW = {
     _aten.alias.default,
 }
 _ALIGN = 256
+_STREAM = 3  # its place among a launcher's arguments, behind the grid
 _LIMIT = 512  # programs that are kept
 _SLAB = 16 * 2**20  # bytes that a slab may have whatever its parts have: one allocation for many
 
@@ -139,16 +140,16 @@ class _Step(NamedTuple):
     """One launch: what is allocated before it, what runs, and the slabs that end with it.
 
     Attributes:
-        run, grid, head, rest: Triton's launcher and its arguments around the addresses.
-        pick: takes this launch's addresses from all of them.
+        run, arguments: Triton's launcher, and what it takes; the stream and the addresses are
+            filled in.
+        pick, places: takes this launch's addresses from all of them; where they go.
     """
 
     born: tuple[int, ...]
     run: Any
-    grid: tuple[int, int, int]
-    head: tuple[Any, ...]
+    arguments: list[Any]
     pick: Any
-    rest: tuple[Any, ...]
+    places: slice
     gone: tuple[int, ...]
 
 
@@ -186,10 +187,13 @@ class _Program:
                 flat[place] = start + offset
             return made
 
-        for born, run, grid, head, pick, rest, gone in self.steps:
+        for born, run, template, pick, places, gone in self.steps:
             for index in born:
                 allocate(index)
-            run(*grid, stream, *head, *pick(flat), *rest)
+            arguments = template.copy()
+            arguments[_STREAM] = stream
+            arguments[places] = pick(flat)
+            run(*arguments)
             for index in gone:
                 alive[index] = None
         return [
@@ -315,13 +319,12 @@ def _compile(device: torch.device, tape: _Tape, outputs: Sequence[Tensor]) -> _P
                 seen[owner] = (seen.get(owner, (number, 0))[0], number)
             picks.append(places.setdefault((is_input, owner, offset), len(places)))
         assert len(picks) > 1, "a kernel reads one tensor and writes another"
-        runs.append((launch, ready, _picker(launch, picks)))
+        runs.append((launch, ready, picks))
     steps = []
-    for number, (launch, (run, *head), pick) in enumerate(runs):
+    for number, (launch, ready, picks) in enumerate(runs):
         born = tuple(m for m, (first, _) in seen.items() if first == number)
         gone = tuple(m for m, (_, last) in seen.items() if last == number and m >= len(outputs))
-        rest = (*launch.numbers, *launch.constants.values())
-        steps.append(_Step(born, run, launch.grid, (*head, None, None, None), pick, rest, gone))
+        steps.append(_step(launch, ready, picks, born, gone))
     memory = [(tuple(t.shape), t.stride(), t.dtype) for t in outputs]
     memory += [((size,), (1,), torch.uint8) for size in slabs]
     return _Program(
@@ -335,6 +338,21 @@ def _compile(device: torch.device, tape: _Tape, outputs: Sequence[Tensor]) -> _P
         len(places),
         tuple(steps),
     )
+
+
+def _step(
+    launch: Launch,
+    ready: tuple[Any, ...],
+    picks: list[int],
+    born: tuple[int, ...],
+    gone: tuple[int, ...],
+) -> _Step:
+    run, *head = ready
+    before = [*launch.grid, None, *head, None, None, None]
+    after = [*launch.numbers, *launch.constants.values()]
+    places = slice(len(before), len(before) + len(picks))
+    arguments = [*before, *[None] * len(picks), *after]
+    return _Step(born, run, arguments, _picker(launch, picks), places, gone)
 
 
 def _picker(launch: Launch, picks: list[int]) -> Callable[[list[int | None]], Sequence[Any]]:
