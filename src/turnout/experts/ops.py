@@ -217,29 +217,30 @@ def _may_release(z: Tensor | None) -> bool:
 
 
 class _ExpertMlp(torch.autograd.Function):
-    """The tensors of `_forward`, and a tuple of its other arguments: autograd looks at each."""
+    """The arguments of `_forward`, and once more those tensors among them that autograd has to see:
+    it spends a microsecond on each."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        args = (*args[:13], *args[13])
+    def forward(ctx: Any, args: tuple[Any, ...], places: tuple[int, ...], *seen: Tensor) -> Tensor:
         out, *made = _forward(*args)
         if made:
             ctx.save_for_backward(*_saved(args, made), *args[:12])
-            ctx.options = args[13:17]
+            ctx.options, ctx.places = args[13:17], places
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
-        flags = [needed[0], *needed[2:11]]
+        flags = [False] * 11  # of `_forward`'s first arguments
+        for place, need in zip(ctx.places, ctx.needs_input_grad[2:], strict=True):
+            flags[place] = need
         tensors = ctx.saved_tensors
         # a weight stack's gradient is what makes memory tight; autograd itself lets go too late
-        release = (needed[3] or needed[4]) and _may_release(tensors[1])
+        release = (flags[3] or flags[4]) and _may_release(tensors[1])
         run = partial(_run_backward, release=True) if release else _backward
-        found = iter(run(dout.contiguous(), *tensors, *ctx.options, flags))
-        grads: list[Tensor | None] = [next(found) if need else None for need in flags]
-        return (grads[0], None, *grads[1:], *(None,) * (len(needed) - 11))
+        needs = [flags[0], *flags[2:]]
+        found = iter(run(dout.contiguous(), *tensors, *ctx.options, needs))
+        return (None, None, *(next(found) if flags[place] else None for place in ctx.places))
 
 
 def expert_mlp(
@@ -326,10 +327,13 @@ def expert_mlp(
     )
     if not torch.compiler.is_compiling():
         others = (*others, call)
-    if keep or transformed():
-        out: Tensor = _ExpertMlp.apply(*inputs, others)
-        return out
-    return _forward(*inputs, *others)[0]
+    hidden = transformed()  # a tangent, or a batch, is no `requires_grad`
+    if not (keep or hidden):
+        return _forward(*inputs, *others)[0]
+    seen = [(n, t) for n, t in enumerate(inputs) if t is not None and (hidden or t.requires_grad)]
+    places, wanting = zip(*seen, strict=True)
+    out: Tensor = _ExpertMlp.apply((*inputs, *others), places, *wanting)
+    return out
 
 
 def check_backend(backend: str) -> None:
