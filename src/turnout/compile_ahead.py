@@ -11,6 +11,7 @@ run of the GPU tests ended in an illegal memory access, and the same run without
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import subprocess
@@ -20,6 +21,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from turnout.launch import Launch, ValueNeeded, noting
 MOST_WORKERS = 8
 WORKERS_PAY = 3  # kernels; starting a worker takes as long as compiling one
 PATIENCE_S = 120.0  # for all of them
+log = logging.getLogger("turnout.compile")
 
 Wanted = tuple[Launch, tuple[torch.dtype | None, ...]]
 
@@ -89,7 +92,16 @@ def fill_cache(wanted: Sequence[Wanted]) -> None:
     found = [source_of(*one) for one in wanted]
     missing = [source for source in found if source and not in_cache(source)]
     if len(missing) >= WORKERS_PAY:
-        share(missing, num_workers)
+        began = perf_counter()
+        done = share(missing, num_workers)
+        log.debug(
+            "%d of %d kernels were not in Triton's cache; %d workers compiled %d of them in %.1f s",
+            len(missing),
+            len(found),
+            num_workers,
+            done,
+            perf_counter() - began,
+        )
 
 
 def _compile(wanted: Sequence[Wanted]) -> None:
