@@ -75,9 +75,13 @@ def _num_workers() -> int:
     """
     if not Path(sys.executable or "").name.startswith("python"):
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    share = cores // 2 // max(1, torch.cuda.device_count())
+    share = _cores() // 2 // max(1, torch.cuda.device_count())
     return min(MOST_WORKERS, share) if share > 1 else 0
+
+
+def _cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
 def fill_cache(wanted: Sequence[Wanted]) -> None:
@@ -88,20 +92,16 @@ def fill_cache(wanted: Sequence[Wanted]) -> None:
     """
     num_workers = _num_workers()
     if not num_workers:
+        log.debug("no workers compile: %d cores, %s", _cores(), sys.executable)
         return
     found = [source_of(*one) for one in wanted]
     missing = [source for source in found if source and not in_cache(source)]
+    log.debug("%d of %d kernels are not in Triton's cache", len(missing), len(found))
     if len(missing) >= WORKERS_PAY:
         began = perf_counter()
         done = share(missing, num_workers)
-        log.debug(
-            "%d of %d kernels were not in Triton's cache; %d workers compiled %d of them in %.1f s",
-            len(missing),
-            len(found),
-            num_workers,
-            done,
-            perf_counter() - began,
-        )
+        took = perf_counter() - began
+        log.debug("%d workers compiled %d of them in %.1f s", num_workers, done, took)
 
 
 def _compile(wanted: Sequence[Wanted]) -> None:
