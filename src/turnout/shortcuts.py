@@ -6,18 +6,18 @@ none of them, the public way is taken.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 try:
-    _guards: Any = import_module("torch._C._dynamo.guards")
-except ImportError:
-    _guards = None
-_TensorGuards: Any = getattr(_guards, "TensorGuards", None)
-_empty_strided_cuda: Any = getattr(_guards, "_empty_strided_cuda", None)
+    from torch._C._dynamo import guards
+
+    _TensorGuards: Any = guards.TensorGuards
+    _empty_strided_cuda: Any = guards._empty_strided_cuda  # type: ignore[attr-defined]  # no stub
+except (ImportError, AttributeError):  # torch moved them
+    _TensorGuards = _empty_strided_cuda = None
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
