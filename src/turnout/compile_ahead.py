@@ -61,7 +61,8 @@ def compile_ahead(key: Hashable, device: torch.device, dry: Callable[[], object]
     try:
         with noting(wanted):
             dry()
-    except (ValueNeeded, torch.OutOfMemoryError):
+    except (ValueNeeded, torch.OutOfMemoryError) as error:
+        log.debug("nothing is compiled ahead: %r", error)
         return  # then each is compiled when it is launched
     if len(wanted) > 1:
         with torch.cuda.device(device):
@@ -112,8 +113,8 @@ def _compile(wanted: Sequence[Wanted]) -> None:
         fill_cache(wanted)
         for launch, dtypes in wanted:
             launch.compile(dtypes)
-    except (TritonError, RuntimeError, OSError):
-        return
+    except (TritonError, RuntimeError, OSError) as error:
+        log.debug("compiling ahead ended: %r", error)
 
 
 def share(sources: Sequence[Source], num_workers: int) -> int:
