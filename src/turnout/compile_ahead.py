@@ -103,6 +103,9 @@ def fill_cache(wanted: Sequence[Wanted]) -> None:
         done = share(missing, num_workers)
         took = perf_counter() - began
         log.debug("%d workers compiled %d of them in %.1f s", num_workers, done, took)
+        if log.isEnabledFor(logging.DEBUG):
+            lost = sum(not in_cache(source) for source in missing)
+            log.debug("%d of them are still not in Triton's cache", lost)
 
 
 def _compile(wanted: Sequence[Wanted]) -> None:
@@ -118,16 +121,12 @@ def _compile(wanted: Sequence[Wanted]) -> None:
 
 
 def share(sources: Sequence[Source], num_workers: int) -> int:
-    """Have kernels compiled by workers.
+    """Have kernels, at least one, compiled by workers.
 
     Returns:
         How many they put into Triton's cache, with their launchers.
     """
-    from triton import knobs
-    from triton.runtime import cache
-
-    key = cache.triton_key() if hasattr(cache, "triton_key") else None
-    shared = Shared(knobs.cache.dir, key)
+    shared = _shared(sources[0].target)
     # taken from the end: those with TMA take longest
     left = sorted(sources, key=lambda source: "tensordesc" in str(source.signature))
 
@@ -172,6 +171,18 @@ def share(sources: Sequence[Source], num_workers: int) -> int:
     if _kept is not None:
         _kept.extend((shared, worker) for worker in workers if worker not in gone)
     return sum(one.result() for one in feeding)
+
+
+def _shared(target: tuple[str, int, int]) -> Shared:
+    from triton import knobs
+    from triton.backends.nvidia import compiler
+    from triton.runtime import cache
+
+    key = cache.triton_key() if hasattr(cache, "triton_key") else None
+    version = None
+    if hasattr(compiler, "get_ptxas_version"):
+        version = compiler.get_ptxas_version(target[1])
+    return Shared(knobs.cache.dir, key, version)
 
 
 _kept: list[tuple[Shared, subprocess.Popen[bytes]]] | None = None

@@ -32,16 +32,19 @@ REFUSED = (
 
 
 class Shared(NamedTuple):
-    """What is the same in the process that asks.
+    """What is the same in the process that asks, as it is part of every key in Triton's cache.
 
     Attributes:
         folder: of Triton's cache.
         triton_key: what Triton has found its own files to be, for which it reads 400 MB; None if it
             does not ask (3.6 does).
+        ptxas_version: what Triton has found its assembler to be. It asks once, and the first
+            torch.compile of a process names another assembler for it afterwards.
     """
 
     folder: str
     triton_key: str | None
+    ptxas_version: str | None
 
 
 class Source(NamedTuple):
@@ -117,6 +120,7 @@ def _build_launcher(made: Any, kernel: Any) -> None:
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Until the requests end."""
     from triton import knobs
+    from triton.backends.nvidia import compiler
     from triton.errors import TritonError
     from triton.runtime import cache
 
@@ -124,6 +128,8 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     knobs.cache.dir = shared.folder
     if shared.triton_key is not None:
         cache.triton_key = lambda: shared.triton_key
+    if shared.ptxas_version is not None:
+        compiler.get_ptxas_version = lambda arch=0: shared.ptxas_version
     while True:
         try:
             source: Source = pickle.load(requests)

@@ -74,6 +74,27 @@ def test_what_workers_compile_is_compiled_again(step: Any, own_cache: Path) -> N
     assert hits == [True, True]
 
 
+def test_what_workers_compile_is_lost_once_torch_names_another_assembler(
+    step: Any, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Inductor does when it first compiles; Triton has asked the first one's version by then."""
+    _, sources, _ = step
+    small = next(s for s in sources if s.name == "combine_kernel")
+    assert not in_cache(small)
+    ptxas = triton.knobs.nvidia.ptxas.path
+    other = tmp_path / "ptxas"
+    other.write_text(
+        f"""#!/bin/sh
+        if [ "$1" = --version ]; then echo "release 12.3"; else exec {ptxas} "$@"; fi
+        """
+    )
+    other.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(other))
+    assert triton.knobs.nvidia.ptxas.version == "12.3"
+    compile_ahead.share([small], 1)
+    assert in_cache(small)
+
+
 def test_a_cache_of_another_triton_stops_the_step(
     step: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +124,7 @@ def test_a_worker_waits_for_torch(step: Any, own_cache: Path) -> None:
     source = next(s for s in sources if "tensordesc" in str(s.signature))
     begin = compile_ahead._BEGIN + "assert 'torch' not in sys.modules"
     worker = [sys.executable, "-c", begin, *sys.path]
-    shared = Shared(str(own_cache), "any")
+    shared = Shared(str(own_cache), "any", None)
     given = pickle.dumps(shared) + pickle.dumps(source)
     answer = subprocess.run(worker, input=given, capture_output=True, check=True).stdout
     assert answer in (DONE, FAILED)  # no launcher without CUDA's library

@@ -156,13 +156,15 @@ def test_a_worker_stops_at_a_launcher_that_can_not_be_loaded(
     monkeypatch.setattr(compile_worker, "compile_source", refuse)
     monkeypatch.setattr(compile_worker, "_build_launcher", lambda made, kernel: None)
     source, answers = Source("m", "k", {}, {}, {}, {}, ("cuda", 90, 32)), BytesIO()
-    given = pickle.dumps(Shared("folder", "key")) + 2 * pickle.dumps(source)
-    cache = triton.runtime.cache
+    given = pickle.dumps(Shared("folder", "key", "ptxas 12.8")) + 2 * pickle.dumps(source)
+    cache, compiler = triton.runtime.cache, triton.backends.nvidia.compiler
     monkeypatch.setattr(cache, "triton_key", None)  # put back afterwards
+    monkeypatch.setattr(compiler, "get_ptxas_version", None)
     with triton.knobs.cache.scope():
         compile_worker.serve(BytesIO(given), answers)
         assert triton.knobs.cache.dir == "folder"
     assert cache.triton_key() == "key"
+    assert compiler.get_ptxas_version(90) == "ptxas 12.8"
     assert asked == [source, source]
     assert answers.getvalue() == compile_worker.FAILED + compile_worker.DONE
 
