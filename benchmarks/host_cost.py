@@ -126,7 +126,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--shapes", default="qwen3-30b,gptoss-20b,mixtral", help="joined by commas")
     add("--tokens", type=int, default=4)
-    add("--rounds", type=int, default=9)
+    add("--rounds", type=int, default=25)
     add("--repeats", type=int, default=200, help="calls in a round")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", help="the CSV; benchmarks/results/host_<gpu>.csv by default")

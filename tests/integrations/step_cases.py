@@ -37,6 +37,7 @@ def row(**values):
         "triton": "3.6.0",
         "transformers": "5.17.0",
         "peft": "0.21.2",
+        "fla": "",
         "shape": "qwen3-30b",
         "layers": 6,
         "vocabulary": 19072,

@@ -376,9 +376,9 @@ def test_csv_is_appended_whole(tmp_path):
 
 def test_columns_are_those_of_the_record():
     asked = "shape,layers,tokens,checkpointing,provider,step_ms,moe_ms,tokens_per_s,peak_mb,first_s"
-    versions = "commit,device,torch,triton,transformers,peft"
+    versions = "commit,device,torch,triton,transformers,peft,fla"
     assert [c for c in COLUMNS if c in asked.split(",")] == asked.split(",")
-    assert list(COLUMNS[:6]) == versions.split(",")
+    assert list(COLUMNS[:7]) == versions.split(",")
 
 
 def test_repeated_rows_count_once_and_the_last_one():

@@ -39,6 +39,8 @@ class StepRow:
     """The columns, in their order.
 
     Attributes:
+        fla: version of flash-linear-attention, which computes Qwen3.5's linear attention where it
+            is installed; empty where transformers' plain PyTorch does.
         vocabulary: words of embedding and head.
         tokens: of a step.
         sequence: tokens of one packed sequence.
@@ -54,6 +56,7 @@ class StepRow:
     triton: str
     transformers: str
     peft: str
+    fla: str
     shape: str
     layers: int
     vocabulary: int

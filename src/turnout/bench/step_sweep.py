@@ -212,6 +212,7 @@ class _Shape:
             triton=version_of("triton"),
             transformers=version_of("transformers"),
             peft=version_of("peft"),
+            fla=version_of("fla-core"),
             shape=self.shape.name,
             layers=self.layers,
             vocabulary=self.shape.config(self.layers).vocab_size,
