@@ -190,6 +190,9 @@ def bench(
     attention: Annotated[
         str | None, typer.Option(help="With --step: transformers' attn_implementation.")
     ] = None,
+    rounds: Annotated[
+        int, typer.Option(help="With --step: measure all again, the fastest of each counts.")
+    ] = 1,
     plot: Annotated[Path | None, typer.Option(help="With --step: draw the rows here.")] = None,
     judge: Annotated[
         bool, typer.Option("--judge", help="With --step: run nothing, judge and draw --csv.")

@@ -16,7 +16,7 @@ from turnout.bench.step_loss import next_token_loss
 from turnout.bench.step_models import NAMES, Identity, attention_of, build, step_model
 from turnout.bench.step_plot import plot
 from turnout.bench.step_records import COLUMNS, StepRecord, latest, read
-from turnout.bench.step_run import Step, make_ids
+from turnout.bench.step_run import Measured, Step, make_ids
 from turnout.bench.step_sweep import sweep
 from turnout.integrations.architectures import expert_modules
 from turnout.shapes import shape_named
@@ -283,6 +283,21 @@ def test_out_of_memory_is_a_row_and_the_run_goes_on(monkeypatch, tmp_path):
     assert ours.moe_ms == pytest.approx(ours.step_ms - identity.step_ms, abs=2e-3)
 
 
+def test_a_slow_round_counts(monkeypatch):
+    """Of every provider, the identity too; what failed once has no time."""
+    times = {"identity": [5.0, 9.0], "stock": [30.0, 20.0], "turnout": [8.0, None]}
+    rounds = [(number, times[name][number]) for number in range(2) for name in times]
+    measured = iter(
+        Measured(step_ms=ms, first_s=number, note="" if ms else "red") for number, ms in rounds
+    )
+    monkeypatch.setattr(step_sweep, "measure", lambda *args, **options: next(measured))
+    identity, stock, ours = rows_of(providers=tuple(times), rounds=2, checkpointing=("off",))
+    assert (identity.step_ms, stock.step_ms, stock.moe_ms) == (5.0, 20.0, 15.0)
+    assert stock.first_s == 0
+    assert stock.tokens_per_s == pytest.approx(32 / 20e-3)
+    assert (ours.step_ms, ours.moe_ms, ours.note) == (None, None, "red")
+
+
 def test_where_stock_never_fits_the_definition_is_the_reference(monkeypatch):
     monkeypatch.setattr(step_sweep, "build", short_of_memory(("stock", (False, True))))
     stock, ours = rows_of(providers=("stock", "turnout"))
@@ -494,6 +509,8 @@ def test_red_gate_ends_the_command_with_1(monkeypatch, capsys):
         (["--step", "--tokens", "100", "--sequence", "64"], "Give --tokens a multiple"),
         (["--step", "--tokens", "0"], "tokens is 0"),
         (["--step", "--repeats", "0"], "repeats is 0"),
+        (["--step", "--rounds", "0"], "rounds is 0"),
+        (["--rounds", "2"], "got --rounds without --step"),
         (["--step", "--layers", "3"], "layers is 3; expected 1 to 2"),
         (["--step", "--shape", "qwen3-30b"], "Give --layers, at most 48"),
         (["--step", "--mode", "fwd"], "got --step with --mode"),

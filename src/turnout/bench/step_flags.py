@@ -5,8 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 ONE_LAYER = ("mode", "routing", "recompute", "backend", "graph")
-WHOLE_STEP = ("layers", "sequence", "vocabulary", "checkpointing", "attention", "plot", "judge")
-_DEFAULTS = {"recompute": "none", "backend": "auto", "graph": False, "judge": False}
+WHOLE_STEP = (
+    "layers",
+    "sequence",
+    "vocabulary",
+    "checkpointing",
+    "attention",
+    "rounds",
+    "plot",
+    "judge",
+)
+_DEFAULTS = {"recompute": "none", "backend": "auto", "graph": False, "rounds": 1, "judge": False}
 
 
 def chosen(flags: dict[str, Any], *, step: bool) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class StepConfig:
     checkpointing: Sequence[str] | None = None
     attention: str | None = None
     repeats: int = 20
+    rounds: int = 1
     device: str = "auto"
     csv: Path | None = None
     commit: str | None = None
@@ -62,8 +63,9 @@ def planned(config: StepConfig) -> tuple[list[StepModel], StepSetting]:
         checkpointing=cast(Any, tuple(choices("checkpointing", modes, Switch))),
         attention=config.attention or "auto",
         repeats=config.repeats,
+        rounds=config.rounds,
     )
-    for name in ("tokens", "sequence", "repeats"):
+    for name in ("tokens", "sequence", "repeats", "rounds"):
         if getattr(setting, name) < 1:
             raise ValueError(f"{name} is {getattr(setting, name)}; expected at least 1")
     if config.vocabulary is not None and config.vocabulary < 2:
