@@ -45,6 +45,33 @@ def ask(problem: GemmProblem = PLAIN, arch: int = 90, tile_rows: int = 128, name
     return Ask(kernel=kernel, problem=problem, device=gpu(arch, name), tile_rows=tile, top_k=8)
 
 
+def asked(entry: Entry, device: str, arch: int = 90) -> Ask:
+    """The question that an entry of a table answers, on that GPU."""
+    key, on = entry.key, set(entry.key.layout)
+    epilogue = None if key.epilogue == "none" else key.epilogue
+    interleaved = "activation_interleaved" in on
+    problem = GemmProblem(
+        ragged="k" if key.kernel == "gram" else "m",
+        rows=entry.rows,
+        experts=key.experts,
+        n=key.n,
+        k=key.k,
+        rank=key.rank,
+        dtype=key.dtype,
+        weight_dtype=key.weight_dtype,
+        epilogue=epilogue,
+        activation=Activation(interleaved=interleaved) if epilogue else None,
+        gathered="gathered" in on,
+        weight_k_major="k_major" in on,
+        bias="bias" in on,
+        dropout="dropout" in on,
+        narrow="narrow" in on,
+    )
+    return Ask(
+        kernel=key.kernel, problem=problem, device=gpu(arch, device), tile_rows=key.tile_rows
+    )
+
+
 def rows(n: int, k: int = 64, warps: int = 8, stages: int = 3, group: int = 4) -> Config:
     return Config.of(
         {"BLOCK_N": n, "BLOCK_K": k, "GROUP": group, "num_warps": warps, "num_stages": stages}

@@ -11,20 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_cases import row
 
 import fake_sonicmoe
 from turnout import cli, reference
-from turnout.bench import command, musts, providers, run
+from turnout.bench import command, providers, run
 from turnout.bench.plot import plot
 from turnout.bench.providers import PROVIDERS, Options, Provider, provider_named
-from turnout.bench.records import COLUMNS, Record, Row, latest, read, slug
+from turnout.bench.records import COLUMNS, Record, latest, read, slug
 from turnout.bench.run import measure
 from turnout.bench.sweep import Case, Setting, default_providers, sweep
 from turnout.bench.truth import bundles, make_judge, sampled
 from turnout.bench.work import GRADIENTS, SPEC, flops, make_weights, make_work
 from turnout.experts import sonic
 from turnout.experts.weights import alternating, halves
-from turnout.shapes import SHAPES, TINY, shape_named
+from turnout.shapes import TINY, shape_named
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ MODES = ("fwd", "full", "lora16")
 HERE = ("turnout", "eager", "grouped_mm", "batched_mm", "split-lora")
 HEADER = (
     "commit,device,torch,triton,shape,tokens,mode,routing,recompute,router,backend,provider,ms,"
-    "tflops,dense_tflops,saved_mb,peak_mb,rel_err,config_source"
+    "tflops,dense_tflops,saved_mb,peak_mb,rel_err,config_source,first_s"
 )
 
 
@@ -55,31 +56,6 @@ def broken(change):
         return lambda leaves: change(right(leaves), leaves)
 
     return Provider("broken", MODES, lambda device: None, prepare)
-
-
-def row(**values):
-    base = {
-        "commit": "abc",
-        "device": "NVIDIA H100 80GB HBM3",
-        "torch": "2.11.0",
-        "triton": "3.6.0",
-        "shape": "qwen3-30b",
-        "tokens": 16384,
-        "mode": "lora16",
-        "routing": "uniform",
-        "recompute": "none",
-        "router": "given",
-        "backend": "triton",
-        "provider": "turnout",
-        "ms": 6.0,
-        "tflops": 400.0,
-        "dense_tflops": 750.0,
-        "saved_mb": 456.0,
-        "peak_mb": 900.0,
-        "rel_err": 4e-3,
-        "config_source": "analytic",
-    }
-    return Row(**base | values)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -288,19 +264,6 @@ def test_sonicmoe_is_no_back_end_of_the_row_turnout(monkeypatch, capsys):
         command.main(command.BenchConfig(backend="sonic", device="cpu"))
 
 
-def test_the_wrapper_is_judged_by_the_bare_peer():
-    name = "qwen3-30b full: back end sonic / bare"
-    both = {"mode": "full", "recompute": "none"}
-    rows = [row(provider="sonicmoe", ms=7.5, **both)]
-    assert name not in found(rows)
-    must = found([*rows, row(provider="turnout-sonic", ms=7.6, **both)])[name]
-    assert must.passed
-    assert must.got == pytest.approx(7.6 / 7.5)
-    assert not found([*rows, row(provider="turnout-sonic", ms=7.7, **both)])[name].passed
-    fast = [row(ms=6.0), row(provider="turnout-sonic", ms=5.0), row(provider="liger", ms=8.0)]
-    assert found(fast)["qwen3-30b lora16: speed / fastest peer"].note == "liger"
-
-
 def test_batched_mm_is_for_few_tokens():
     assert "batched_mm" in default_providers(32)
     assert "batched_mm" not in default_providers(16384)
@@ -382,110 +345,6 @@ def test_plot_is_made_of_standard_rows(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
     with pytest.raises(ValueError, match="none of the 1 rows"):
         plot(tmp_path / "b.png", [row(tokens=12000)])
-
-
-def found(rows, sections=("main",)):
-    return {must.name: must for must in musts.musts(rows, sections)}
-
-
-def test_speed_is_against_the_fastest_peer():
-    rows = [row(ms=6.0), row(provider="split-lora", ms=16.0), row(provider="sonicmoe", ms=9.0)]
-    must = found(rows)["qwen3-30b lora16: speed / fastest peer"]
-    assert (must.got, must.limit, must.note) == (pytest.approx(1.5), 1.4, "sonicmoe")
-    assert must.passed
-    rows.append(row(provider="liger", ms=8.0))
-    must = found(rows)["qwen3-30b lora16: speed / fastest peer"]
-    assert (must.got, must.passed, must.note) == (pytest.approx(8 / 6), False, "liger")
-
-
-def test_required_peer_that_did_not_run_counts_as_recorded():
-    must = found([row(ms=6.0, dense_tflops=750.0)])["qwen3-30b lora16: speed / fastest peer"]
-    sonic = flops(shape_named("qwen3-30b"), "lora16") / (0.33 * 750) / 1e9
-    assert must.note == "sonicmoe (recorded)"
-    assert must.got == pytest.approx(sonic / 6.0)
-    must = found([row(shape="small-t", tokens=512, mode="full", ms=1.0)])
-    assert must["small-t full: speed / scattermoe"].got == pytest.approx(4.18)
-
-
-def test_graph_rows_and_red_rows_do_not_count():
-    rows = [row(provider="turnout+graph", ms=1.0), row(ms=None), row(provider="sonicmoe", ms=9.0)]
-    must = found(rows)["qwen3-30b lora16: speed / fastest peer"]
-    assert must.got is None
-    assert not must.passed
-    assert found(rows)["red gates of ours (law 2)"].got == 1.0
-    assert not found(rows)["red gates of ours (law 2)"].passed
-
-
-def test_saved_floor_by_hand():
-    """qwen3-30b: x 64 MiB, z 384 MiB, two intermediates of rank 16 4 MiB each, routing 1.5 MiB."""
-    shape = shape_named("qwen3-30b")
-    assert musts.saved_floor(shape, "none") == (64 + 384 + 8) * 2**20
-    assert musts.saved_floor(shape, "gate_up") == (64 + 1.5 + 8) * 2**20
-    name = "qwen3-30b lora16: saved / floor"
-    assert found([row(saved_mb=500.0)])[name].passed
-    assert not found([row(saved_mb=510.0)])[name].passed
-    small = found([row(recompute="gate_up", saved_mb=90.0)], ["recompute"])
-    assert small["qwen3-30b lora16 recompute=gate_up: saved / floor"].passed
-
-
-def test_peak_is_against_the_lowest_peer():
-    rows = [row(peak_mb=900.0), row(provider="a", peak_mb=1000.0), row(provider="b", peak_mb=800.0)]
-    must = found(rows)["qwen3-30b lora16: peak / lowest peer"]
-    assert (must.got, must.note, must.passed) == (pytest.approx(1.125), "b", False)
-
-
-def test_skew_and_odd_tokens():
-    rows = [
-        row(ms=6.0),
-        row(ms=6.6, routing="zipf1.2"),
-        row(ms=7.2, routing="half-empty"),
-        row(ms=4.5, tokens=12000),
-    ]
-    judged = found(rows, ["skew"])
-    assert judged["qwen3-30b lora16: zipf1.2 / uniform"].passed
-    assert not judged["qwen3-30b lora16: half-empty / uniform"].passed
-    odd = judged["qwen3-30b lora16: ms/token T=12000 / T=16384"]
-    assert odd.got == pytest.approx(4.5 / 12000 / (6.0 / 16384))
-    assert odd.passed
-
-
-def test_decode_is_against_the_better_of_the_stock_ones():
-    base = {"mode": "fwd", "tokens": 4}
-    rows = [
-        row(ms=0.3, **base),
-        row(ms=0.5, provider="grouped_mm", **base),
-        row(ms=0.25, provider="batched_mm", **base),
-    ]
-    must = found(rows, ["decode"])["qwen3-30b fwd T=4: time / best stock"]
-    assert (must.got, must.note, must.passed) == (pytest.approx(1.2), "batched_mm", False)
-    assert len(found(rows, ["decode"])) == 3 * 6 + 1
-
-
-def test_every_number_of_tokens_is_judged_by_the_median():
-    base = {"mode": "full", "tokens": 1024}
-    rows = [row(ms=ms, **base) for ms in (1.0, 1.02, 9.0)]
-    rows += [row(ms=ms, provider="turnout-portable", **base) for ms in (1.0, 0.1, 1.2)]
-    name = "qwen3-30b full T=1024: time / best"
-    assert found(rows, ["tokens"])[name].got is None, "grouped_mm is missing"
-    rows.append(row(ms=2.0, provider="grouped_mm", **base))
-    must = found(rows, ["tokens"])[name]
-    assert (must.got, must.note, must.passed) == (pytest.approx(1.02), "turnout-portable", True)
-    rows += [row(ms=ms, **base) for ms in (1.1, 1.2)]
-    assert not found(rows, ["tokens"])[name].passed
-    assert len(found(rows, ["tokens"])) == 8 * 3 + 1
-
-
-def test_the_portable_back_end_is_no_peer():
-    rows = [row(ms=2.0), row(ms=1.0, provider="turnout-portable", peak_mb=1.0)]
-    must = found(rows)["qwen3-30b lora16: speed / fastest peer"]
-    assert "portable" not in must.note
-    assert "turnout-portable" not in default_providers(16384)
-
-
-def test_demands_print_as_lines():
-    text = musts.show(musts.musts([row()], ["main"]))
-    assert "MISS" in text
-    assert all(shape.name in text for shape in SHAPES)
 
 
 def test_a_failing_provider_does_not_end_the_run(tmp_path, monkeypatch):

@@ -7,12 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from tuning_cases import gpu
-from turnout.specs import Activation, GemmProblem
+from tuning_cases import asked
 from turnout.tuning import table
 from turnout.tuning.cache import SHIPPED, Store
-from turnout.tuning.entry import Entry
-from turnout.tuning.key import Ask
 from turnout.tuning.space import fits
 
 HOPPER = table.read(SHIPPED / "hopper.json")
@@ -27,33 +24,6 @@ def _its_triton(monkeypatch):
 @pytest.fixture(scope="module")
 def store():
     return Store(None)
-
-
-def asked(entry: Entry, device: str, arch: int = 90) -> Ask:
-    """The question that the entry answers, on that GPU."""
-    key, on = entry.key, set(entry.key.layout)
-    epilogue = None if key.epilogue == "none" else key.epilogue
-    interleaved = "activation_interleaved" in on
-    problem = GemmProblem(
-        ragged="k" if key.kernel == "gram" else "m",
-        rows=entry.rows,
-        experts=key.experts,
-        n=key.n,
-        k=key.k,
-        rank=key.rank,
-        dtype=key.dtype,
-        weight_dtype=key.weight_dtype,
-        epilogue=epilogue,
-        activation=Activation(interleaved=interleaved) if epilogue else None,
-        gathered="gathered" in on,
-        weight_k_major="k_major" in on,
-        bias="bias" in on,
-        dropout="dropout" in on,
-        narrow="narrow" in on,
-    )
-    return Ask(
-        kernel=key.kernel, problem=problem, device=gpu(arch, device), tile_rows=key.tile_rows
-    )
 
 
 def test_a_table_that_ships_can_not_be_read():

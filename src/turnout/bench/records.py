@@ -16,7 +16,7 @@ from turnout.bench.table import File, Table
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """The columns, in their order."""
+    """The columns, in their order. `first_s`: seconds of the first step, with its compilation."""
 
     commit: str
     device: str
@@ -37,6 +37,7 @@ class Row:
     peak_mb: float | None
     rel_err: float | None
     config_source: str
+    first_s: float | None = None
 
     @property
     def key(self) -> tuple[str, int, str, str, str, str]:
@@ -58,6 +59,7 @@ TABLE = Table(
         "saved_mb": ".2f",
         "peak_mb": ".2f",
         "rel_err": ".3e",
+        "first_s": ".2f",
     },
 )
 COLUMNS = TABLE.columns

@@ -183,6 +183,7 @@ class _Run:
             peak_mb=measured.peak_mb,
             rel_err=measured.rel_err,
             config_source=measured.config_source,
+            first_s=measured.first_s,
         )
 
 

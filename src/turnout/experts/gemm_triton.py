@@ -2,9 +2,11 @@
 
 Rows are gathered in the load and weights are read in their stored layout. The LoRA tail is one more
 step of the contraction: operands [x | xa] and [W | B], so it rides in the same pipelined loop. An
-epilogue is a jit function applied before the store. No host sync, no atomics, no
-`@triton.autotune`. The device code is in `triton_kernels.py` and `triton_movement.py`, the tile
-sizes are in `triton_config.py`; Triton is imported when the first kernel is launched.
+epilogue is named by a constexpr and is a branch before the store that is compiled alone; its
+formulas are jit functions of `triton_math.py`. (A jit function as the constexpr itself would have
+to take the operands of every epilogue.) No host sync, no atomics, no `@triton.autotune`. The device
+code is in `triton_kernels.py` and `triton_movement.py`, the tile sizes are in `triton_config.py`;
+Triton is imported when the first kernel is launched.
 
 Legend: S rows, T tokens, E experts, N output width, K contraction, R LoRA rank, F intermediate.
 """
