@@ -67,10 +67,24 @@ def test_hopper_never_reads_or_writes_past_2_31_elements(large: str) -> None:
     with recording(chip(90)) as found:
         for experts, *sizes in problems_of(cases, large):
             run(cases.problem_of(experts, *sizes))
-    own = [one for one in found.values() if "hopper" in one.kernel.__module__]
+    own = hoppers(found.values())
     epilogues = {one.by_name["EPILOGUE"] for one in own if one.kernel.__name__ == "rows_kernel"}
     assert epilogues == {"none", "activate", "activate_backward"}
     assert "gram_kernel" in {one.kernel.__name__ for one in own}
+
+
+def hoppers(found: Iterable[Launch]) -> list[Launch]:
+    return [one for one in found if "hopper" in one.kernel.__module__]
+
+
+def test_a_capture_or_a_repetition_passes_by_one_of_hoppers_products() -> None:
+    """Up, down, both of their gradients, and those of both stacks; the shape has the name."""
+    from cuda_cases import HOPPER, make
+
+    with recording(chip(90)) as found:
+        run(make(HOPPER))
+    own = hoppers(found.values())
+    assert len(own) == 6, [str(one) for one in own]
 
 
 def problems_of(cases: Any, large: str) -> list[Any]:

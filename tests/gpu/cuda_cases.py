@@ -30,6 +30,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LORA = {"lora_dtype": torch.float32}
 
 BASE = "T600-E16-K4-R33"  # of tests that need some problem
+HOPPER = "T700-E5-H320"  # and of those that Hopper's own kernels shall run on sm_90
 SHAPES: dict[str, dict[str, Any]] = {
     "T257-E8-K2-H515": {"tokens": 257, "num_experts": 8, "hidden": 515, "intermediate": 131},
     BASE: {"tokens": 600, "num_experts": 16, "top_k": 4, "rank_up": 33},
@@ -39,8 +40,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt-oss": {"activation": GPT_OSS, "transposed": True, "bias": True, "hidden": 96},
     "not-gated": {"activation": Activation(act="relu2", gated=False), "bias": True},
     "llama4": {"weight_on_input": True, "transposed": True, "top_k": 1},
-    # 192 rows an expert and more, and a hidden size of whole 64s: Hopper's own kernels
-    "T700-E5-H320": {
+    # 192 rows an expert and more, and a hidden size of whole 64s
+    HOPPER: {
         "tokens": 700,
         "num_experts": 5,
         "hidden": 320,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from cuda_cases import BASE, DEVICE, make
+from cuda_cases import BASE, DEVICE, HOPPER, make
 from torch import Tensor
 
 from problems import Problem, run
@@ -31,7 +31,7 @@ CASES: list[tuple[str, torch.dtype, dict[str, Any]]] = [
     ("gpt-oss", torch.bfloat16, {"recompute": "gate_up"}),
     ("not-gated", torch.float32, {}),
     ("llama4", torch.bfloat16, {}),
-    ("T700-E5-H320", torch.bfloat16, {}),  # on sm_90 in Hopper's own kernels
+    (HOPPER, torch.bfloat16, {}),
 ]
 # Rule, tokens, experts: odd numbers of both, and each with counts for the sort.
 ROUTES: dict[str, tuple[RouteSpec, int, int]] = {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from cuda_cases import BASE, DEVICE, make, on_side_stream, step_of, waits_are_errors
+from cuda_cases import BASE, DEVICE, HOPPER, make, on_side_stream, step_of, waits_are_errors
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 # Dropout has kernels of its own: one shape of them is enough.
 RUNS = [(BASE, name) for name in OPTIONS] + [
-    (shape, name) for shape in ("gpt-oss", "llama4") for name in ("plain", "recompute")
+    (shape, name) for shape in ("gpt-oss", "llama4", HOPPER) for name in ("plain", "recompute")
 ]
 
 
@@ -44,7 +44,7 @@ def test_two_runs_differ(shape: str, options: str) -> None:
     assert_same(seeded(problem, **OPTIONS[options]), seeded(problem, **OPTIONS[options]))
 
 
-@pytest.mark.parametrize("shape", [BASE, "gpt-oss", "llama4", "T1000-E4"])
+@pytest.mark.parametrize("shape", [BASE, "gpt-oss", "llama4", "T1000-E4", HOPPER])
 def test_recompute_changes_bits(shape: str) -> None:
     problem = make(shape)
     assert_same(run(problem, recompute="gate_up"), run(problem))
@@ -79,10 +79,11 @@ def test_autocast_waits_for_the_device() -> None:
         step()
 
 
+@pytest.mark.parametrize("shape", [BASE, HOPPER])
 @pytest.mark.parametrize("options", ["plain", "recompute"])
-def test_a_captured_graph_replays_something_else(options: str) -> None:
+def test_a_captured_graph_replays_something_else(options: str, shape: str) -> None:
     """Also after new tokens, another routing and other adapters were written into its inputs."""
-    problem, later = make(BASE), make(BASE, seed=1)
+    problem, later = make(shape), make(shape, seed=1)
     step = step_of(problem, problem.leaves, **OPTIONS[options])
     expected = on_side_stream(step)
     graph = torch.cuda.CUDAGraph()
@@ -143,6 +144,7 @@ COMPILED: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "full, recompute, inductor": ("gpt-oss", "full", "inductor", {"recompute": "gate_up"}),
     "full": ("gpt-oss", "full", "aot_eager", {}),
     "dropout": (BASE, "LoRA", "aot_eager", {"expert_dropout": 0.3}),
+    "full, Hopper's kernels, inductor": (HOPPER, "full", "inductor", {}),
     "weight on the input": ("llama4", "full", "aot_eager", {}),
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import DEVICE, MODELS, SHAPES, model_problem, zipf
+from cuda_cases import DEVICE, HOPPER, MODELS, SHAPES, model_problem, zipf
 
 from problems import GPT_OSS, Problem, assert_same, check, random_problem, run
 from turnout import Activation
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or device_of(DEVICE).arch != 90, reason="needs an sm_90 GPU"
 )
 OWN = ("turnout.experts.hopper_kernels", "turnout.experts.hopper_gram")
-BASE = SHAPES["T700-E5-H320"]
+BASE = SHAPES[HOPPER]
 CASES: dict[str, dict[str, Any]] = {
     "even": {"hidden": 256, "intermediate": 256},
     "column tiles that no width divides": {},

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import MEMORY, MODELS, model_problem, zipf
+from cuda_cases import DEVICE, MEMORY, MODELS, model_problem, step_of, zipf
 from torch import Tensor
 
 from problems import Problem, assert_same, judge, output_gradient, restricted, run
@@ -20,6 +20,10 @@ pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 STACKS = ("gate_up", "down")
 # About 128 rows an expert, as in training; Mixtral has few experts and many weights.
 TOKENS = {"qwen3-30b": 2048, "olmoe": 1024, "mixtral": 512, "gpt-oss-20b": 1024}
+# The shapes of the benchmarks, where every expert has 512 rows and more.
+DESIGN = {"qwen3-30b": 16384, "gpt-oss-20b": 16384, "mixtral": 8192}
+REPEATS = 50
+FLUSH = 2**28  # bytes; larger than any L2 cache
 CASES = [
     pytest.param(model, marks=MEMORY["large" if model == "mixtral" else "medium"])
     for model in MODELS
@@ -64,3 +68,20 @@ def test_two_runs_of_lora_training_differ_with_dropout() -> None:
     first = seeded()
     assert_same(seeded(), first)
     assert_same(seeded(recompute="gate_up"), first)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("trained", ["LoRA", "full"])
+@pytest.mark.parametrize("model", [pytest.param(name, marks=MEMORY["large"]) for name in DESIGN])
+def test_one_of_many_steps_differs(model: str, trained: str) -> None:
+    """Every second one with a cold cache: a missing wait shows where loads take their time."""
+    problem = model_problem(model, DESIGN[model])
+    names = problem.trained_by_lora if trained == "LoRA" else tuple(problem.leaves)
+    step = step_of(problem, names)
+    expected = [tensor.clone() for tensor in step()]
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device=DEVICE)
+    for number in range(REPEATS):
+        if number % 2:
+            flush.zero_()
+        same = [torch.equal(*pair) for pair in zip(step(), expected, strict=True)]
+        assert all(same), f"step {number} differs in {[n for n, s in enumerate(same) if not s]}"

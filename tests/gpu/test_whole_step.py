@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.unpoisoned,  # the stock parts of a model have no deterministic versions
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-VOCABULARY, BATCH, LENGTH = 256, 4, 128  # 1024 rows for 8 experts: enough for Hopper's kernels
+VOCABULARY, BATCH, LENGTH = 256, 4, 256  # 256 rows an expert: enough for all of Hopper's kernels
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
