@@ -180,6 +180,17 @@ def test_checkpointing_survives_hidden_states_one_ulp_off(use_reentrant, recompu
         assert gradient.any()
 
 
+def test_a_backward_pass_inside_forward_mode_fails_at_the_seed():
+    """There autograd is shown every tensor, also those that have no gradient."""
+    problem = random_problem()
+    needs = problem.trained_by_lora
+    torch.manual_seed(3)
+    expected = run(problem, needs, expert_dropout=0.5)
+    torch.manual_seed(3)
+    with torch.autograd.forward_ad.dual_level():
+        assert_same(run(problem, needs, expert_dropout=0.5), expected)
+
+
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiled_whole_gives_the_same_bits(case):
     layout, which, options = COMPILED[case]
