@@ -25,6 +25,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from turnout.compile_worker import DONE, Shared, Source, in_cache
 from turnout.launch import Launch, ValueNeeded, noting
@@ -59,7 +60,8 @@ def compile_ahead(key: Hashable, device: torch.device, dry: Callable[[], object]
     _met.add(key)
     wanted: list[Wanted] = []
     try:
-        with noting(wanted):
+        # who follows operators (a recording, selective checkpointing) would take these for the step
+        with noting(wanted), _disable_current_modes():
             dry()
     except (ValueNeeded, torch.OutOfMemoryError) as error:
         log.debug("nothing is compiled ahead: %r", error)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from turnout import compile_ahead as module
 from turnout import compile_worker
@@ -89,6 +90,28 @@ def test_a_step_whose_host_code_needs_values_fails(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     ragged = sort_by_expert(torch.tensor([[0]]), 1)
     module.compile_ahead("key", torch.device("cuda", 0), ragged.segments)
+
+
+def test_a_foreseen_step_is_seen_as_if_it_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording for replay would see it fill memory, which can not be repeated; selective
+    checkpointing would save its tensors, which nothing computed, for the step itself."""
+    monkeypatch.setattr(module, "_met", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    seen: list[str] = []
+    foreseen: list[torch.Tensor] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        module.compile_ahead(
+            "key", torch.device("cuda", 0), lambda: foreseen.append(torch.zeros(4))
+        )
+        torch.ones(4)
+    assert foreseen
+    assert seen == ["aten.ones.default"]
 
 
 def test_a_step_that_barely_fits_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import random
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,8 +16,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from turnout import compile_ahead, replay
 from turnout import launch as launching
-from turnout import replay
 from turnout.launch import TensorMap
 from turnout.replay import replayed, why_not
 
@@ -176,6 +177,26 @@ def test_what_a_recording_can_not_repeat_is_replayed(extra: Any, reason: str) ->
     assert run.calls == 4
     (key,) = replay._programs
     assert reason in str(why_not(key))
+
+
+def test_layers_that_differ_in_what_wants_gradients_are_never_replayed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first layer's input wants none. What the second one's backward pass needs is then
+    compiled ahead in the call that is recorded."""
+    monkeypatch.setattr(compile_ahead, "_met", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    run, layers = Pass(), count()
+
+    def ahead(a: torch.Tensor) -> None:
+        compile_ahead.compile_ahead(next(layers), torch.device("cpu"), lambda: torch.zeros(N))
+
+    run.extra = ahead
+    for _ in range(4):
+        check(run, *inputs())
+    assert run.calls == 2
+    (key,) = replay._programs
+    assert why_not(key) is None
 
 
 def test_memory_from_outside_is_replayed() -> None:
