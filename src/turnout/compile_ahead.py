@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -183,7 +184,9 @@ def _shared(target: tuple[str, int, int]) -> Shared:
     key = cache.triton_key() if hasattr(cache, "triton_key") else None
     version = None
     if hasattr(compiler, "get_ptxas_version"):
-        version = compiler.get_ptxas_version(target[1])
+        ask = compiler.get_ptxas_version
+        # Triton 3.5 has one assembler for all chips
+        version = ask(target[1]) if signature(ask).parameters else ask()
     return Shared(knobs.cache.dir, key, version)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from io import BytesIO
 from types import SimpleNamespace
@@ -201,6 +202,27 @@ def test_another_program_is_started_as_a_worker(monkeypatch: pytest.MonkeyPatch)
     for program in ("/opt/blender/blender", "", None):
         monkeypatch.setattr(module.sys, "executable", program)
         assert module._num_workers() == 0
+
+
+@pytest.mark.parametrize("takes", ["nothing", "arch"])
+def test_an_older_triton_that_asks_its_assembler_without_a_chip_stops_the_step(
+    takes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3.5's function takes no argument; torch 2.9 comes with it."""
+    triton = pytest.importorskip("triton")
+
+    @functools.lru_cache
+    def of_the_machine() -> str:
+        return "nothing"
+
+    @functools.lru_cache
+    def of_the_chip(arch: int) -> str:
+        assert arch == 90
+        return "arch"
+
+    ask = of_the_machine if takes == "nothing" else of_the_chip
+    monkeypatch.setattr(triton.backends.nvidia.compiler, "get_ptxas_version", ask)
+    assert module._shared(("cuda", 90, 32)).ptxas_version == takes
 
 
 def test_a_launch_that_never_ran_is_in_the_record() -> None:
