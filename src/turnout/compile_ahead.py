@@ -46,6 +46,7 @@ main()
 """
 
 _met: set[Hashable] = set()
+_one_asks = threading.Lock()  # Triton's hooks are the process's: who puts them back has to be alone
 
 
 def compile_ahead(key: Hashable, device: torch.device, dry: Callable[[], object]) -> None:
@@ -254,7 +255,7 @@ def source_of(launch: Launch, dtypes: tuple[torch.dtype | None, ...]) -> Source 
         )
         return True  # do not compile
 
-    with knobs.runtime.scope():
+    with _one_asks, knobs.runtime.scope():
         knobs.runtime.jit_cache_hook = note
         launch.compile(dtypes)
     return found[0] if found else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+import threading
 from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
@@ -223,6 +224,38 @@ def test_an_older_triton_that_asks_its_assembler_without_a_chip_stops_the_step(
     ask = of_the_machine if takes == "nothing" else of_the_chip
     monkeypatch.setattr(triton.backends.nvidia.compiler, "get_ptxas_version", ask)
     assert module._shared(("cuda", 90, 32)).ptxas_version == takes
+
+
+def test_two_threads_leave_a_hook_that_keeps_kernels_from_being_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Replicas of DataParallel meet their first step at the same time. Triton would return None for
+    whatever the thread launched later."""
+    triton = pytest.importorskip("triton")
+    target = SimpleNamespace(backend="cuda", arch=90, warp_size=32)
+    driver = SimpleNamespace(get_current_target=lambda: target)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    inside, second_is_inside = threading.Event(), threading.Event()
+
+    class First(Kernel):
+        def run(self, *args: Any, **options: Any) -> None:
+            inside.set()
+            second_is_inside.wait(0.5)
+
+    class Second(Kernel):
+        def run(self, *args: Any, **options: Any) -> None:
+            second_is_inside.set()
+            first.join()
+
+    def ask(kernel: Kernel) -> None:
+        assert module.source_of(launch_of(kernel), (torch.float32,)) is None
+
+    first = threading.Thread(target=ask, args=(First(),))
+    with triton.knobs.runtime.scope():
+        first.start()
+        inside.wait()
+        ask(Second())
+        assert triton.knobs.runtime.jit_cache_hook is None
 
 
 def test_a_launch_that_never_ran_is_in_the_record() -> None:
