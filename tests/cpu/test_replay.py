@@ -26,6 +26,7 @@ N = 64
 
 def _view(address: int, dtype: torch.dtype) -> Any:
     """NumPy, whose work torch does not see, as it does not see a kernel's."""
+    assert address, "a kernel reads address 0"
     kinds = {torch.float32: np.float32, torch.float64: np.float64}
     memory = (ctypes.c_char * (N * dtype.itemsize)).from_address(address)
     return np.frombuffer(memory, dtype=kinds[dtype])
@@ -224,6 +225,19 @@ def test_an_unaligned_input_reaches_an_aligned_kernel() -> None:
         check(run, *inputs())
     check(run, torch.randn(N + 1)[1:], torch.randn(N))
     assert run.calls == 3
+
+
+def test_memory_that_was_given_back_reaches_a_kernel() -> None:
+    """As FSDP and offloading do with weights. The launches themselves refuse it with a reason."""
+    run = Pass()
+    for _ in range(3):
+        check(run, *inputs())
+    a, b = inputs()
+    run.extra = lambda a: 1 / 0
+    run.kernels = (lambda *tensors: None, *run.kernels[1:])  # type: ignore[assignment]
+    b.untyped_storage().resize_(0)
+    with pytest.raises(ZeroDivisionError):
+        run(a, b)
 
 
 def test_an_output_that_is_a_view_is_replayed() -> None:
