@@ -203,6 +203,16 @@ def test_compiled_whole_gives_the_same_bits(case):
     assert_same(got, run(problem, needs, **options))
 
 
+@pytest.mark.parametrize("which", ["nothing", "LoRA"])
+def test_a_call_left_to_eager_mode_gives_the_op_inside_too_much(which):
+    """The compiler goes on with the functions that such a call reaches."""
+    problem = random_problem()
+    needs = () if which == "nothing" else problem.trained_by_lora
+    left = torch.compiler.disable(turnout.expert_mlp, recursive=False)
+    compiled = torch.compile(lambda *args, **options: left(*args, **options), backend="aot_eager")
+    assert_same(run(problem, needs, function=compiled), run(problem, needs))
+
+
 def test_compiled_under_autocast_gives_the_same_bits():
     problem = random_problem()
     compiled = torch.compile(turnout.expert_mlp, fullgraph=True, backend="aot_eager")
