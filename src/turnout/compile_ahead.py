@@ -20,11 +20,13 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from turnout.compile_worker import DONE, Shared, Source, in_cache
 from turnout.launch import Launch, ValueNeeded, noting
@@ -44,6 +46,7 @@ main()
 """
 
 _met: set[Hashable] = set()
+_one_asks = threading.Lock()  # Triton's hooks are the process's: who puts them back has to be alone
 
 
 def compile_ahead(key: Hashable, device: torch.device, dry: Callable[[], object]) -> None:
@@ -59,7 +62,8 @@ def compile_ahead(key: Hashable, device: torch.device, dry: Callable[[], object]
     _met.add(key)
     wanted: list[Wanted] = []
     try:
-        with noting(wanted):
+        # who follows operators (a recording, selective checkpointing) would take these for the step
+        with noting(wanted), _disable_current_modes():
             dry()
     except (ValueNeeded, torch.OutOfMemoryError) as error:
         log.debug("nothing is compiled ahead: %r", error)
@@ -181,7 +185,9 @@ def _shared(target: tuple[str, int, int]) -> Shared:
     key = cache.triton_key() if hasattr(cache, "triton_key") else None
     version = None
     if hasattr(compiler, "get_ptxas_version"):
-        version = compiler.get_ptxas_version(target[1])
+        ask = compiler.get_ptxas_version
+        # Triton 3.5 has one assembler for all chips
+        version = ask(target[1]) if signature(ask).parameters else ask()
     return Shared(knobs.cache.dir, key, version)
 
 
@@ -249,7 +255,7 @@ def source_of(launch: Launch, dtypes: tuple[torch.dtype | None, ...]) -> Source 
         )
         return True  # do not compile
 
-    with knobs.runtime.scope():
+    with _one_asks, knobs.runtime.scope():
         knobs.runtime.jit_cache_hook = note
         launch.compile(dtypes)
     return found[0] if found else None

@@ -20,6 +20,15 @@ def interpreting() -> bool:
     return "triton" in sys.modules and _interprets()
 
 
+@cache
+def has_gluon() -> bool:
+    """Triton has Gluon as the kernels for Hopper are written in it: 3.5 starts warps otherwise."""
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return (int(major), int(minor)) >= (3, 6)
+
+
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n: what a tile can be wide."""
     return 1 << max(0, n - 1).bit_length()

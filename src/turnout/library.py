@@ -42,17 +42,20 @@ def kernel_op(
 
     Args:
         name: op name without namespace.
-        schema: arguments and returns in torch's schema language.
+        schema: arguments and returns in torch's schema language. A plain call may give more
+            arguments, which the op does without.
         fake: shapes and dtypes of the result from fake tensors; same signature.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         op = torch.library.custom_op(f"turnout::{name}", function, mutates_args=(), schema=schema)
         op.register_fake(fake)
+        count = len(op._opoverload._schema.arguments)
 
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if torch.compiler.is_compiling():
-                return cast(R, op(*args, **kwargs))
+                # the caller, where the compiler has left it to eager mode, may have given more
+                return cast(R, op(*args[:count], **kwargs))
             return function(*args, **kwargs)
 
         call.__doc__ = function.__doc__

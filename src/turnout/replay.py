@@ -11,7 +11,7 @@ share memory.
 A function can be replayed if all that it does to tensors is to allocate, to view, and to call
 `turnout.launch.Launch`. That is observed, not trusted: the recording sees every operator, and a
 function that runs another one (a conversion, say) is left alone, as are inputs that overlap in
-memory or are not aligned to 16 bytes.
+memory, are not aligned to 16 bytes or have no memory (any more).
 """
 
 from __future__ import annotations
@@ -255,8 +255,8 @@ def replayed(
     if isinstance(program, str):
         return function()
     addresses = list(map(Tensor.data_ptr, present))
-    if not aligned(addresses) or _observed() or device != current_device():
-        return function()
+    if not (all(addresses) and aligned(addresses)) or _observed() or device != current_device():
+        return function()  # of a tensor without memory a launch says what it is
     if isinstance(program, _Program):
         return program.run(addresses)
     outputs, _programs[key] = _record(present, addresses, function)

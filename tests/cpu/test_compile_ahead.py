@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
+import threading
 from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from turnout import compile_ahead as module
 from turnout import compile_worker
@@ -89,6 +92,28 @@ def test_a_step_whose_host_code_needs_values_fails(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     ragged = sort_by_expert(torch.tensor([[0]]), 1)
     module.compile_ahead("key", torch.device("cuda", 0), ragged.segments)
+
+
+def test_a_foreseen_step_is_seen_as_if_it_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording for replay would see it fill memory, which can not be repeated; selective
+    checkpointing would save its tensors, which nothing computed, for the step itself."""
+    monkeypatch.setattr(module, "_met", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    seen: list[str] = []
+    foreseen: list[torch.Tensor] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        module.compile_ahead(
+            "key", torch.device("cuda", 0), lambda: foreseen.append(torch.zeros(4))
+        )
+        torch.ones(4)
+    assert foreseen
+    assert seen == ["aten.ones.default"]
 
 
 def test_a_step_that_barely_fits_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +203,59 @@ def test_another_program_is_started_as_a_worker(monkeypatch: pytest.MonkeyPatch)
     for program in ("/opt/blender/blender", "", None):
         monkeypatch.setattr(module.sys, "executable", program)
         assert module._num_workers() == 0
+
+
+@pytest.mark.parametrize("takes", ["nothing", "arch"])
+def test_an_older_triton_that_asks_its_assembler_without_a_chip_stops_the_step(
+    takes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3.5's function takes no argument; torch 2.9 comes with it."""
+    triton = pytest.importorskip("triton")
+
+    @functools.lru_cache
+    def of_the_machine() -> str:
+        return "nothing"
+
+    @functools.lru_cache
+    def of_the_chip(arch: int) -> str:
+        assert arch == 90
+        return "arch"
+
+    ask = of_the_machine if takes == "nothing" else of_the_chip
+    monkeypatch.setattr(triton.backends.nvidia.compiler, "get_ptxas_version", ask)
+    assert module._shared(("cuda", 90, 32)).ptxas_version == takes
+
+
+def test_two_threads_leave_a_hook_that_keeps_kernels_from_being_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Replicas of DataParallel meet their first step at the same time. Triton would return None for
+    whatever the thread launched later."""
+    triton = pytest.importorskip("triton")
+    target = SimpleNamespace(backend="cuda", arch=90, warp_size=32)
+    driver = SimpleNamespace(get_current_target=lambda: target)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    inside, second_is_inside = threading.Event(), threading.Event()
+
+    class First(Kernel):
+        def run(self, *args: Any, **options: Any) -> None:
+            inside.set()
+            second_is_inside.wait(0.5)
+
+    class Second(Kernel):
+        def run(self, *args: Any, **options: Any) -> None:
+            second_is_inside.set()
+            first.join()
+
+    def ask(kernel: Kernel) -> None:
+        assert module.source_of(launch_of(kernel), (torch.float32,)) is None
+
+    first = threading.Thread(target=ask, args=(First(),))
+    with triton.knobs.runtime.scope():
+        first.start()
+        inside.wait()
+        ask(Second())
+        assert triton.knobs.runtime.jit_cache_hook is None
 
 
 def test_a_launch_that_never_ran_is_in_the_record() -> None:

@@ -180,6 +180,17 @@ def test_checkpointing_survives_hidden_states_one_ulp_off(use_reentrant, recompu
         assert gradient.any()
 
 
+def test_a_backward_pass_inside_forward_mode_fails_at_the_seed():
+    """There autograd is shown every tensor, also those that have no gradient."""
+    problem = random_problem()
+    needs = problem.trained_by_lora
+    torch.manual_seed(3)
+    expected = run(problem, needs, expert_dropout=0.5)
+    torch.manual_seed(3)
+    with torch.autograd.forward_ad.dual_level():
+        assert_same(run(problem, needs, expert_dropout=0.5), expected)
+
+
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiled_whole_gives_the_same_bits(case):
     layout, which, options = COMPILED[case]
@@ -190,6 +201,16 @@ def test_compiled_whole_gives_the_same_bits(case):
     got = run(problem, needs, function=compiled, **options)
     torch.manual_seed(3)
     assert_same(got, run(problem, needs, **options))
+
+
+@pytest.mark.parametrize("which", ["nothing", "LoRA"])
+def test_a_call_left_to_eager_mode_gives_the_op_inside_too_much(which):
+    """The compiler goes on with the functions that such a call reaches."""
+    problem = random_problem()
+    needs = () if which == "nothing" else problem.trained_by_lora
+    left = torch.compiler.disable(turnout.expert_mlp, recursive=False)
+    compiled = torch.compile(lambda *args, **options: left(*args, **options), backend="aot_eager")
+    assert_same(run(problem, needs, function=compiled), run(problem, needs))
 
 
 def test_compiled_under_autocast_gives_the_same_bits():

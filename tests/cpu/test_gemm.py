@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from problems import assert_same, random_problem, run
+from turnout import kernel_facts
 from turnout.device import Device
 from turnout.experts import gemm, gemm_hopper, gemm_torch, gemm_triton
 from turnout.experts.gemm import backend_named, grouped_gemm, grouped_gram, select
@@ -84,6 +85,19 @@ def test_a_named_back_end_is_chosen_over_the_first(monkeypatch):
     first, second = install(monkeypatch, Fake("a"), Fake("b"))
     assert select(PROBLEM, CPU, "b") is second
     assert first.asked == []
+
+
+@pytest.mark.parametrize(("version", "runs"), [("3.5.1", False), ("3.6.0", True), ("3.10.0", True)])
+def test_hoppers_kernels_stop_the_step_with_a_triton_that_does_not_compile_them(
+    version, runs, monkeypatch
+):
+    """torch 2.9 comes with 3.5, whose Gluon starts warps in another way."""
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
+    kernel_facts.has_gluon.cache_clear()
+    reason = gemm_hopper.rejects(PROBLEM, HOPPER)
+    kernel_facts.has_gluon.cache_clear()
+    assert (reason is None) == runs
+    assert gemm_triton.rejects(PROBLEM, HOPPER) is None
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "float32", "float64"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import random
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,8 +16,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from turnout import compile_ahead, replay
 from turnout import launch as launching
-from turnout import replay
 from turnout.launch import TensorMap
 from turnout.replay import replayed, why_not
 
@@ -25,6 +26,7 @@ N = 64
 
 def _view(address: int, dtype: torch.dtype) -> Any:
     """NumPy, whose work torch does not see, as it does not see a kernel's."""
+    assert address, "a kernel reads address 0"
     kinds = {torch.float32: np.float32, torch.float64: np.float64}
     memory = (ctypes.c_char * (N * dtype.itemsize)).from_address(address)
     return np.frombuffer(memory, dtype=kinds[dtype])
@@ -178,6 +180,26 @@ def test_what_a_recording_can_not_repeat_is_replayed(extra: Any, reason: str) ->
     assert reason in str(why_not(key))
 
 
+def test_layers_that_differ_in_what_wants_gradients_are_never_replayed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first layer's input wants none. What the second one's backward pass needs is then
+    compiled ahead in the call that is recorded."""
+    monkeypatch.setattr(compile_ahead, "_met", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    run, layers = Pass(), count()
+
+    def ahead(a: torch.Tensor) -> None:
+        compile_ahead.compile_ahead(next(layers), torch.device("cpu"), lambda: torch.zeros(N))
+
+    run.extra = ahead
+    for _ in range(4):
+        check(run, *inputs())
+    assert run.calls == 2
+    (key,) = replay._programs
+    assert why_not(key) is None
+
+
 def test_memory_from_outside_is_replayed() -> None:
     """Its address would be that of the recording for ever."""
     outside = torch.randn(N)
@@ -203,6 +225,19 @@ def test_an_unaligned_input_reaches_an_aligned_kernel() -> None:
         check(run, *inputs())
     check(run, torch.randn(N + 1)[1:], torch.randn(N))
     assert run.calls == 3
+
+
+def test_memory_that_was_given_back_reaches_a_kernel() -> None:
+    """As FSDP and offloading do with weights. The launches themselves refuse it with a reason."""
+    run = Pass()
+    for _ in range(3):
+        check(run, *inputs())
+    a, b = inputs()
+    run.extra = lambda a: 1 / 0
+    run.kernels = (lambda *tensors: None, *run.kernels[1:])  # type: ignore[assignment]
+    b.untyped_storage().resize_(0)
+    with pytest.raises(ZeroDivisionError):
+        run(a, b)
 
 
 def test_an_output_that_is_a_view_is_replayed() -> None:

@@ -28,7 +28,7 @@ from turnout.experts.hopper_config import (
     rows_rule,
 )
 from turnout.experts.operands import Activate, ActivateBackward, Operand, RowsOut, Tail
-from turnout.kernel_facts import INSTALLED, interpreting
+from turnout.kernel_facts import INSTALLED, has_gluon, interpreting
 from turnout.launch import Launch, TensorMap
 from turnout.ragged import Ragged, num_tiles
 from turnout.specs import Activation, GemmProblem
@@ -52,6 +52,8 @@ def rejects(problem: GemmProblem, device: Device) -> str | None:
         return "Gluon has no interpreter"
     if device.arch != 90:
         return "needs sm_90" if device.arch is None else f"needs sm_90, this is sm_{device.arch}"
+    if not has_gluon():
+        return "needs Triton 3.6 or newer"
     if problem.dtype not in ("float16", "bfloat16"):
         return f"takes float16 and bfloat16, not {problem.dtype}"
     return gemm_triton.rejects(problem, device)  # which run what these kernels do not

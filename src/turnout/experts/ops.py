@@ -231,14 +231,14 @@ class _ExpertMlp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        flags = [False] * 11  # of `_forward`'s first arguments
+        flags = [False] * 13  # of `_forward`'s tensors
         for place, need in zip(ctx.places, ctx.needs_input_grad[2:], strict=True):
             flags[place] = need
         tensors = ctx.saved_tensors
         # a weight stack's gradient is what makes memory tight; autograd itself lets go too late
         release = (flags[3] or flags[4]) and _may_release(tensors[1])
         run = partial(_run_backward, release=True) if release else _backward
-        needs = [flags[0], *flags[2:]]
+        needs = [flags[0], *flags[2:11]]
         found = iter(run(dout.contiguous(), *tensors, *ctx.options, needs))
         return (None, None, *(next(found) if flags[place] else None for place in ctx.places))
 
