@@ -18,6 +18,7 @@ GroupScore = Literal["top2sum", "max"]
 Act = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"]
 Recompute = Literal["none", "gate_up"]
 RouterChoice = Literal["model", "fused"]
+AuxLossChoice = Literal["model", "fused"]
 BackendName = Literal["auto", "torch", "triton", "hopper", "sonic", "sonic-merged"]
 
 

@@ -37,7 +37,7 @@ NAMES = [
 
 FUNCTIONS = {
     "patch": "(model, *, backend='auto', router='model', recompute='none', expert_dropout=0.0, "
-    "routing_cache=False, tune=None)",
+    "routing_cache=False, tune=None, aux_loss='model')",
     "unpatch": "(model)",
     "lora_targets": "(model)",
     "record_routing": "(model)",

@@ -90,6 +90,14 @@ def test_pieces_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     def value() -> tuple[Tensor, Tensor]:
         logits = randn(100, 6, dtype=torch.float64).requires_grad_()
         loss = load_balancing_loss((logits,), 2) + router_z_loss(logits)
+        layers = (logits[:30], logits[30:40], logits[40:], logits.float())  # of unequal sizes
+        loss = loss + load_balancing_loss(layers, 2)
+        weights = torch.arange(50) % 3
+        loss = loss + load_balancing_loss(
+            (logits[:50], logits[50:], logits[25:75]), 3, mask=weights
+        )
+        given = [logits.detach()[piece].topk(2).indices for piece in (slice(50), slice(50, 100))]
+        loss = loss + load_balancing_loss((logits[:50], logits[50:]), 2, experts=given)
         chosen = torch.arange(100).view(20, 5) % 6
         loss = loss + switch_load_balancing_loss(logits.view(20, 5, 6), chosen)
         chosen = chosen.view(4, 25)
@@ -99,6 +107,7 @@ def test_pieces_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = value()
     for piece in (7, 16):  # one and three of the short groups at a time
         monkeypatch.setattr(losses, "PIECE", piece)
+        monkeypatch.setattr(losses, "ELEMENTS", 40 * piece)  # in part one layer, in part two
         for one, other in zip(whole, value(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
 
@@ -182,6 +191,30 @@ def test_what_is_kept_for_backward_grows_with_the_experts() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         load_balancing_loss((logits,), 2) + router_z_loss(logits)
     assert sum(kept) <= 4 * tokens
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ran += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_many_layers_take_as_many_launches_as_transformers(masked: bool) -> None:
+    """docs/step.md: a sixth of them at 1024 tokens, which grows with the tokens."""
+    counts, mask = [], torch.ones(1, 1024) if masked else None
+    for loss in (load_balancing_loss, lambda z, k, mask: load_balancing_loss_func(z, 64, k, mask)):
+        logits = tuple(randn(1024, 64, seed=seed).requires_grad_() for seed in range(24))
+        with Operators() as operators:
+            loss(logits, 8, mask=mask).backward()
+        counts.append(operators.ran)
+    assert 4 * counts[0] < counts[1]
 
 
 def test_a_loss_reads_a_value_on_the_host() -> None:

@@ -113,6 +113,7 @@ def test_options_reach_patch_by_its_names() -> None:
     cfg = {
         "turnout_backend": "torch",
         "turnout_router": "fused",
+        "turnout_aux_loss": "fused",
         "turnout_recompute": "gate_up",
         "turnout_tune": "first-use",
         "turnout_report": True,
@@ -121,11 +122,16 @@ def test_options_reach_patch_by_its_names() -> None:
     assert options == {
         "backend": "torch",
         "router": "fused",
+        "aux_loss": "fused",
         "recompute": "gate_up",
         "tune": "first-use",
     }
     report = turnout.patch(tiny("qwen3_moe"), **options)
     assert (report.backend, report.router, report.recompute) == ("torch", "fused", "gate_up")
+    assert report.aux_losses[0].status == "fused"
+    assert any(
+        "load-balancing loss of Qwen3MoeForCausalLM: fused" in s for s in rules.summary(report)
+    )
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ from turnout.integrations.patching import patch
 from turnout.integrations.report import Report
 from turnout.integrations.trainer import TurnoutCallback
 from turnout.integrations.versions import check_versions, newer_than
-from turnout.specs import BackendName, Recompute, RouterChoice
+from turnout.specs import AuxLossChoice, BackendName, Recompute, RouterChoice
 
 BEFORE = "0.18"  # axolotl must be newer than this release
 TESTED = "0.19"
@@ -62,6 +62,10 @@ class TurnoutArgs(BaseModel):
     turnout_router: RouterChoice = Field(
         default=rules.DEFAULTS["turnout_router"],
         description="model keeps the model's routers, fused swaps them for turnout's kernel",
+    )
+    turnout_aux_loss: AuxLossChoice = Field(
+        default=rules.DEFAULTS["turnout_aux_loss"],
+        description="model keeps the model's load-balancing loss, fused computes it in turnout",
     )
     turnout_recompute: Recompute = Field(
         default=rules.DEFAULTS["turnout_recompute"],

@@ -28,6 +28,7 @@ from turnout.integrations.report import Report
 DEFAULTS: dict[str, Any] = {
     "turnout_backend": "auto",
     "turnout_router": "model",
+    "turnout_aux_loss": "model",
     "turnout_recompute": "none",
     "turnout_tune": None,
     "turnout_report": False,
@@ -133,9 +134,9 @@ def unknown(cfg: Iterable[str]) -> list[str]:
 
 
 def patch_options(cfg: Config) -> dict[str, Any]:
-    """`backend`, `router`, `recompute` and `tune` of `turnout.patch`; None is the default."""
+    """The options of `turnout.patch` that the keys stand for; None is the default."""
     options = {}
-    for name in ("backend", "router", "recompute", "tune"):
+    for name in ("backend", "router", "aux_loss", "recompute", "tune"):
         got = cfg.get(f"turnout_{name}")
         options[name] = DEFAULTS[f"turnout_{name}"] if got is None else got
     return options
@@ -192,4 +193,9 @@ def summary(report: Report) -> list[str]:
     if report.router != "model":
         routers = Counter(f"{row.status} ({row.detail})" for row in report.routers)
         lines += [f"turnout: {count} routers: {what}" for what, count in routers.items()]
+    if report.aux_loss != "model":
+        lines += [
+            f"turnout: load-balancing loss of {loss.model_class}: {loss.status} ({loss.detail})"
+            for loss in report.aux_losses
+        ]
     return lines

@@ -1,10 +1,11 @@
 """`patch`, `unpatch`, `lora_targets`: from a Hugging Face model to turnout and back.
 
 Every change is on an instance and is undone by `unpatch`: a config copy and a state object per
-experts module, an instance `forward` where transformers' interface does not reach and on routers
-that are swapped, an `_activate_lora` per PEFT wrapper, forward pre-hooks that attach what is added
-later, and with `routing_cache` a `context_fn` on the checkpoint functions. No class of another
-library is modified, and `model.config` stays as it is.
+experts module, an instance `forward` where transformers' interface does not reach, on routers that
+are swapped and with `aux_loss="fused"` on the model that computes the loss, an `_activate_lora` per
+PEFT wrapper, forward pre-hooks that attach what is added later, and with `routing_cache` a
+`context_fn` on the checkpoint functions. No class of another library is modified, and
+`model.config` stays as it is.
 """
 
 from __future__ import annotations
@@ -30,13 +31,21 @@ from turnout.integrations.architectures import (
     stack_at,
     stack_holder,
 )
+from turnout.integrations.aux_loss import restore_loss, swap_losses
 from turnout.integrations.report import Report
 from turnout.integrations.router_forward import restore
 from turnout.integrations.router_swap import swap_all
 from turnout.integrations.state import ATTRIBUTE, LayerState, state_of
 from turnout.integrations.transformers import FORWARDS, NAME, bind, experts_forward
 from turnout.integrations.versions import check_versions
-from turnout.specs import BackendName, Recompute, RouterChoice, Unsupported, check_choice
+from turnout.specs import (
+    AuxLossChoice,
+    BackendName,
+    Recompute,
+    RouterChoice,
+    Unsupported,
+    check_choice,
+)
 from turnout.tuning import first_use
 
 _ROOT = "_turnout_root"
@@ -51,6 +60,7 @@ def patch(
     expert_dropout: float = 0.0,
     routing_cache: bool = False,
     tune: str | None = None,
+    aux_loss: AuxLossChoice = "model",
 ) -> Report:
     """Run the experts of a transformers model through turnout. One line; `unpatch` undoes it.
 
@@ -75,6 +85,11 @@ def patch(
         tune: `first-use` searches the config of every kernel where a problem is first met, within
             ten minutes for the process, and keeps it in the cache (docs/tuning.md). None times
             nothing.
+        aux_loss: `model` keeps the load-balancing loss of `output_router_logits=True` as the model
+            computes it. `fused` gives the model, on its instance, a forward of the same code that
+            calls `turnout.routing.losses.load_balancing_loss` for it: the same value and gradient,
+            no wait for the GPU, and no softmax is kept. A model whose function gives something else
+            stays as it is, and the report says why (docs/step.md).
 
     Returns:
         A live `Report`: what runs fused, what stays stock and why.
@@ -87,6 +102,7 @@ def patch(
     """
     check_versions()
     _check_options(model, backend, router, recompute, expert_dropout, tune)
+    check_choice("aux_loss", aux_loss, AuxLossChoice)
     unpatch(model)
     layers = list(expert_modules(model))
     if not layers:
@@ -106,6 +122,8 @@ def patch(
     try:
         if router == "fused" or routing_cache:
             swap_all(model, kernel=router == "fused", cache=routing_cache)
+        if aux_loss == "fused":
+            swap_losses(model)
         if routing_cache:
             root.handles += checkpoints.follow(model, strict=False)
         peft.attach(model)
@@ -116,7 +134,12 @@ def patch(
     if tune is not None:
         first_use.start(model)
     return Report(
-        model, backend=backend, router=router, recompute=recompute, routing_cache=routing_cache
+        model,
+        backend=backend,
+        router=router,
+        recompute=recompute,
+        routing_cache=routing_cache,
+        aux_loss=aux_loss,
     )
 
 
@@ -232,6 +255,7 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         first_use.stop(module)
         restore(module)
+        restore_loss(module)
         state = state_of(module)
         if state is not None:
             sonic.stop(state)

@@ -23,6 +23,7 @@ from turnout.integrations.architectures import (
     stack_at,
     stack_holder,
 )
+from turnout.integrations.aux_loss import AuxLossRow, aux_loss_rows
 from turnout.integrations.router_forward import STATE, lost_forward
 from turnout.integrations.router_places import Place, places, why_definition
 from turnout.integrations.sonic import describe
@@ -152,12 +153,14 @@ class Report:
         router: str,
         recompute: str,
         routing_cache: bool = False,
+        aux_loss: str = "model",
     ) -> None:
         self._model = model
         self.backend = backend
         self.router = router
         self.recompute = recompute
         self.routing_cache = routing_cache
+        self.aux_loss = aux_loss
 
     @property
     def layers(self) -> tuple[LayerRow, ...]:
@@ -185,6 +188,11 @@ class Report:
         return tuple(RouterRow.of(place, self.router) for place in places(self._model))
 
     @property
+    def aux_losses(self) -> tuple[AuxLossRow, ...]:
+        """One row per module that computes a load-balancing loss: whose code does, and why."""
+        return aux_loss_rows(self._model, self.aux_loss)
+
+    @property
     def adapters(self) -> dict[str, str]:
         """What each adapted expert parameter's next forward does, by name."""
         return peft.adapter_paths(self._model)
@@ -192,7 +200,8 @@ class Report:
     def require(self, status: str = "fused") -> Report:
         """This report, or an error unless every layer and every adapter has `status`.
 
-        With `router="fused"` every router too; on what it runs is in its row.
+        With `router="fused"` every router too; on what it runs is in its row. With
+        `aux_loss="fused"` every load-balancing loss that the model has.
 
         Raises:
             ValueError: `status` is not `fused`.
@@ -214,6 +223,12 @@ class Report:
                 for row in self.routers
                 if row.status != status
             ]
+        if self.aux_loss == status:
+            problems += [
+                f"{row.name or row.model_class}: load-balancing loss {row.status} ({row.detail})"
+                for row in self.aux_losses
+                if row.status == "model"
+            ]
         if problems:
             raise Unsupported(f"{len(problems)} parts are not fused: " + "; ".join(problems))
         return self
@@ -226,9 +241,11 @@ class Report:
             "router": self.router,
             "recompute": self.recompute,
             "routing_cache": self.routing_cache,
+            "aux_loss": self.aux_loss,
             "counts": self.counts,
             "layers": [asdict(row) for row in self.layers],
             "routers": [asdict(row) for row in self.routers],
+            "aux_losses": [asdict(row) for row in self.aux_losses],
             "adapters": self.adapters,
         }
 
@@ -246,6 +263,9 @@ class Report:
             )
         for (first, kind, what), count in self._grouped_routers():
             table.add_row(f"{count} x {first}", kind, "", "", "", "", "", what)
+        for loss in self.aux_losses if self.aux_loss == "fused" else ():
+            what = f"load-balancing loss: {loss.status} ({loss.detail})"
+            table.add_row(loss.name, loss.model_class, "", "", "", "", "", what)
         for path, count in Counter(self.adapters.values()).items():
             table.add_row(f"{count} adapters", "", "", "", "", "", "", path)
         return table

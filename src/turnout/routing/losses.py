@@ -8,8 +8,9 @@ f is the share of tokens that chose an expert (no gradient), P the mean of softm
 value and gradient to `load_balancing_loss_func` of transformers' Mixtral (and of all that copy it)
 and to `load_balancing_loss_func` and `router_z_loss_func` of its Switch. The originals keep the
 softmax of every layer, and Switch a one-hot of (T, K, E), for the backward pass; here rows are
-taken in pieces, so that beyond the logits and their gradient only O(T*K + E) is kept. Nothing waits
-for the device.
+taken in pieces, so that beyond the logits and their gradient only O(T*K + E) is kept. Small layers
+are taken together, so the number of launches grows with the size of the logits and not with the
+number of layers. Nothing waits for the device.
 
 Legend: G groups (sequences), T tokens, K experts per token, E experts.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 PIECE = 4096  # rows that are worked on together
+ELEMENTS = 2**22  # and logits, in the load-balancing loss
 
 
 def pieces(rows: int) -> Iterator[slice]:
@@ -70,24 +72,90 @@ class _ProbabilitySums(torch.autograd.Function):
         return dlogits, None
 
 
-def _chosen_counts(
-    logits_TE: Tensor, top_k: int, experts_TK: Tensor | None, weight_T: Tensor | None
-) -> Tensor:
-    """(E,) weighted count of the tokens that chose each expert."""
-    wide = torch.promote_types(logits_TE.dtype, torch.float32)
-    kind = torch.int64 if weight_T is None else wide
-    counts = logits_TE.new_zeros(logits_TE.shape[1], dtype=kind)
-    for piece in pieces(logits_TE.shape[0]):
-        if experts_TK is None:
-            chosen = logits_TE[piece].detach().softmax(-1).topk(top_k, dim=-1).indices
-        else:
-            chosen = experts_TK[piece].long()
-        one = counts.new_ones(chosen.shape)
-        if weight_T is not None:
-            one = weight_T[piece, None].to(wide).expand_as(chosen)
+def _groups(logits: Sequence[Tensor]) -> Iterator[slice]:
+    """The layers in runs of one dtype and at most ELEMENTS together, or of one layer."""
+    first = held = 0
+    for layer, z in enumerate(logits):
+        alike = z.dtype == logits[first].dtype and z.device == logits[first].device
+        if layer > first and not (alike and held + z.numel() <= ELEMENTS):
+            yield slice(first, layer)
+            first = layer
+            held = 0
+        held += z.numel()
+    yield slice(first, len(logits))
+
+
+def _joined(layers: Sequence[Tensor]) -> Tensor:
+    return layers[0] if len(layers) == 1 else torch.cat(tuple(layers))
+
+
+def _runs(rows_TE: Tensor) -> Iterator[slice]:
+    """The rows in runs of at most ELEMENTS."""
+    step = max(1, ELEMENTS // rows_TE.shape[1])
+    for first in range(0, rows_TE.shape[0], step):
+        yield slice(first, min(first + step, rows_TE.shape[0]))
+
+
+class _Balance(torch.autograd.Function):
+    """(E,) weighted counts of the tokens that chose each expert and (E,) sums of softmax(z).
+
+    Over all layers, several of them in one launch where they are small.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        top_k: int,
+        weight_T: Tensor | None,
+        experts: Sequence[Tensor] | None,
+        *logits: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(logits[0].dtype, torch.float32)
+        sums = logits[0].new_zeros(logits[0].shape[1], dtype=wide)
         # whole numbers add up exactly, in any order
-        counts.scatter_add_(0, chosen.reshape(-1), one.reshape(-1))
-    return counts.to(wide)
+        counts = torch.zeros_like(sums, dtype=torch.int64 if weight_T is None else wide)
+        one = counts.new_ones(())
+        for group in _groups(logits):
+            rows = _joined(logits[group])
+            weight = _repeated(weight_T, rows)
+            for run in _runs(rows):
+                p = rows[run].softmax(-1)
+                if experts is None:
+                    chosen = p.topk(top_k, dim=-1).indices
+                else:
+                    chosen = _joined(experts[group])[run].long()
+                counted = one if weight is None else weight[run, None]
+                counts.scatter_add_(0, chosen.flatten(), counted.expand_as(chosen).flatten())
+                sums += p.sum(0, dtype=wide) if weight is None else (p * weight[run, None]).sum(0)
+        ctx.save_for_backward(weight_T, *logits)
+        counts = counts.to(wide)
+        ctx.mark_non_differentiable(counts)
+        ctx.set_materialize_grads(False)
+        return counts, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor, dsums_E: Tensor) -> tuple[Tensor | None, ...]:
+        weight_T, *logits = ctx.saved_tensors
+        found: list[Tensor] = []
+        for group in _groups(logits):
+            rows = _joined(logits[group])
+            weight = _repeated(weight_T, rows)
+            drows = torch.empty_like(rows)
+            for run in _runs(rows):
+                p = rows[run].softmax(-1).to(dsums_E.dtype)
+                weighted = p * dsums_E
+                dz = weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1)
+                drows[run] = dz if weight is None else dz.mul_(weight[run, None])
+            found += drows.split([z.shape[0] for z in logits[group]])
+        return None, None, None, *found
+
+
+def _repeated(weight_T: Tensor | None, rows_TE: Tensor) -> Tensor | None:
+    """The weights of the tokens for each of the layers that were joined."""
+    if weight_T is None or weight_T.numel() == rows_TE.shape[0]:
+        return weight_T
+    return weight_T.repeat(rows_TE.shape[0] // weight_T.numel())
 
 
 def _check_logits(logits: Sequence[Tensor], top_k: int) -> None:
@@ -139,14 +207,12 @@ def load_balancing_loss(
         )
     num_experts = logits[0].shape[1]
     wide = torch.promote_types(logits[0].dtype, torch.float32)
-    counts, sums = (logits[0].new_zeros(num_experts, dtype=wide) for _ in range(2))
-    for layer, z in enumerate(logits):
-        given = None if experts is None else experts[layer]
-        counts = counts + _chosen_counts(z, top_k, given, weight_T)
-        sums = sums + _ProbabilitySums.apply(z.unsqueeze(0), weight_T)[0]
+    if weight_T is not None:
+        weight_T = weight_T.to(wide)
+    counts, sums = _Balance.apply(top_k, weight_T, experts, *logits)
     rows: Tensor | int = sum(z.shape[0] for z in logits)
     if weight_T is not None:
-        rows = weight_T.to(wide).sum() * len(logits)
+        rows = weight_T.sum() * len(logits)
     return (counts / rows * (sums / rows)).sum() * num_experts
 
 
