@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import BASE, DEVICE, DTYPES, LORA, SHAPES, make
+from cuda_cases import BASE, DEVICE, DTYPES, HOPPER, LORA, SHAPES, make
 
 import turnout
 from problems import (
@@ -148,6 +148,20 @@ def test_empty_experts_get_gradients_or_lose_others(routing: str) -> None:
         assert got[name][used].flatten(1).any(1).all(), name
     for name in ("b_up", "b_down"):
         assert not got[name][..., unused].any(), name
+
+
+def test_experts_with_whole_tiles_lose_or_double_rows() -> None:
+    """256 rows each, as routers make them that round to tiles; some slots are dropped for it."""
+
+    def problem(seed: int) -> Any:
+        made = make(HOPPER, seed=seed)
+        tokens, top_k = made.experts.shape
+        slots = torch.arange(tokens * top_k, device=DEVICE)
+        kept = slots < 256 * made.num_experts
+        even = torch.where(kept, slots % made.num_experts, made.num_experts)
+        return made.changed(experts=even.view(tokens, top_k).to(made.experts.dtype))
+
+    check(problem)
 
 
 @pytest.mark.parametrize("silence", ["scaling 0", "B = 0"])

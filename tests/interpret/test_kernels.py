@@ -90,13 +90,22 @@ def test_no_tokens_fail() -> None:
         assert not got[name].any(), name
 
 
-@pytest.mark.parametrize("routing", ["all on one expert", "empty experts"])
+@pytest.mark.parametrize("routing", ["all on one expert", "empty experts", "whole tiles"])
 def test_a_skewed_routing_is_wrong(routing: str) -> None:
-    """257 tokens, and widths that are no multiple of anything; memory that nobody wrote is NaN."""
+    """257 tokens, and widths that are no multiple of anything; memory that nobody wrote is NaN.
+
+    Whole tiles are what routers that round to them make: 64 rows an expert, the last token dropped.
+    """
 
     def make(seed: int) -> Problem:
         made = random_problem(seed=seed, tokens=257, hidden=67, intermediate=37, top_k=1)
-        skewed = {"all on one expert": made.experts * 0 + 3, "empty experts": made.experts // 2 * 2}
+        even = torch.arange(257).view(257, 1) % made.num_experts
+        even[-1] = made.num_experts
+        skewed = {
+            "all on one expert": made.experts * 0 + 3,
+            "empty experts": made.experts // 2 * 2,
+            "whole tiles": even.to(made.experts.dtype),
+        }
         return made.changed(experts=skewed[routing])
 
     with poison_empty():
