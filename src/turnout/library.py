@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from turnout.specs import Unsupported
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -54,6 +56,12 @@ def kernel_op(
 
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if torch.compiler.is_compiling():
+                if forward_ad._current_level >= 0:  # an op loses tangents in silence
+                    raise Unsupported(
+                        f"forward-mode differentiation reached turnout::{name} under "
+                        "torch.compile; expected reverse mode, as it has no forward derivative. "
+                        "Use torch.autograd.grad, or turnout.reference, which is plain PyTorch"
+                    )
                 # the caller, where the compiler has left it to eager mode, may have given more
                 return cast(R, op(*args[:count], **kwargs))
             return function(*args, **kwargs)

@@ -225,6 +225,29 @@ def test_forward_mode_loses_its_tangents():
             BASE.changed(x=x).call()
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_forward_mode_under_the_compiler_gives_no_tangent_or_zeros(fullgraph):
+    """Also after a call of the same code without tangents."""
+    from torch.autograd import forward_ad
+
+    def call(x):
+        return BASE.changed(x=x).call()
+
+    def compiled(function):
+        torch.compiler.reset()
+        return torch.compile(function, backend="aot_eager", fullgraph=fullgraph)
+
+    x, ones = BASE["x"], torch.ones_like(BASE["x"])
+    outside, inside = compiled(call), compiled(lambda x: torch.func.jvp(call, (x,), (ones,)))
+    errors = (RuntimeError, torch._dynamo.exc.Unsupported)
+    with pytest.raises(errors):
+        inside(x)
+    outside(x)
+    with forward_ad.dual_level(), pytest.raises(errors):
+        outside(forward_ad.make_dual(x, ones))
+    torch.compiler.reset()
+
+
 def test_a_vmap_is_half_refused():
     """Not by one of the operators inside, if at all."""
     with torch.no_grad(), pytest.raises(RuntimeError, match="functorch transforms"):
