@@ -337,5 +337,6 @@ def test_example_passes_axolotls_schema() -> None:
         "router": "fused",
         "recompute": "gate_up",
         "tune": "first-use",
+        "aux_loss": "model",
     }
     assert set(cfg.lora_target_parameters) == set(turnout.lora_targets(tiny_model()))
