@@ -11,7 +11,7 @@ from recording import Launch, chip, recording
 from problems import GPT_OSS, random_problem, run
 from turnout import Activation, RouteSpec
 from turnout.ragged import counts_of, sort_by_expert
-from turnout.routing import fused
+from turnout.routing import balance, fused
 from turnout.shapes import SHAPES
 
 _SHAPES: dict[str, dict[str, Any]] = {
@@ -99,8 +99,8 @@ RULES: dict[str, tuple[RouteSpec, int]] = {
 
 
 def record_routing(arch: int, dtype: torch.dtype) -> dict[str, Launch]:
-    """The launches of the router forward and backward, plain and with every tensor, and of the sort
-    behind it."""
+    """The launches of the router forward and backward, plain and with every tensor, of the sort
+    behind it, and of the load-balancing loss."""
     with recording(chip(arch)) as found:
         for spec, experts in RULES.values():
             for more in (False, True):
@@ -115,6 +115,11 @@ def record_routing(arch: int, dtype: torch.dtype) -> dict[str, Launch]:
                 counted = counts_of(out.experts_TK, experts)
                 assert counted is not None
                 sort_by_expert(out.experts_TK, experts, counted)
+        for top_k, experts in ((8, 128), (4, 60), (32, 1000)):
+            logits = [torch.empty(4096, experts, dtype=dtype)]
+            for weight in (None, torch.empty(4096)):
+                _, sums = balance.sums(logits, top_k, weight)
+                balance.gradients(logits, weight, sums)
     return found
 
 

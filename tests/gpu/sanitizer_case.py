@@ -16,6 +16,8 @@ import triton.language as tl
 from cuda_cases import BASE, DEVICE, HOPPER, make
 from torch import Tensor
 
+from balance_cases import check as check_balance
+from balance_cases import weights
 from problems import Problem, run
 from route_cases import SPECS, randn, tensors_of
 from route_cases import run as run_route
@@ -92,6 +94,11 @@ def main() -> None:
         wrong = [key for key, value in got.items() if not value.isfinite().all()]
         assert not wrong, f"{name}: {wrong} read memory that nobody wrote"
         print(name, "done", flush=True)
+    for tokens, top_k, num_experts in ((601, 3, 12), (101, 32, 1000)):
+        logits = [randn(tokens, num_experts).to(DEVICE, torch.bfloat16) for _ in range(2)]
+        with poison_empty():
+            check_balance(logits, top_k, weights(tokens, DEVICE))
+        print("load balancing", num_experts, "done", flush=True)
 
 
 if __name__ == "__main__":

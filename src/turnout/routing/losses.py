@@ -8,9 +8,12 @@ f is the share of tokens that chose an expert (no gradient), P the mean of softm
 value and gradient to `load_balancing_loss_func` of transformers' Mixtral (and of all that copy it)
 and to `load_balancing_loss_func` and `router_z_loss_func` of its Switch. The originals keep the
 softmax of every layer, and Switch a one-hot of (T, K, E), for the backward pass; here rows are
-taken in pieces, so that beyond the logits and their gradient only O(T*K + E) is kept. Small layers
-are taken together, so the number of launches grows with the size of the logits and not with the
-number of layers. Nothing waits for the device.
+taken in pieces, so that beyond the logits and their gradient only O(T*K + E) is kept. Nothing waits
+for the device.
+
+On a GPU with Triton, load balancing is a launch per layer and one for its gradient (`balance.py`);
+of equal probabilities the lowest index is chosen there. Elsewhere small layers are taken together,
+so the number of operations grows with the size of the logits and not with the number of layers.
 
 Legend: G groups (sequences), T tokens, K experts per token, E experts.
 """
@@ -23,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from turnout.routing import balance
 
 PIECE = 4096  # rows that are worked on together
 ELEMENTS = 2**22  # and logits, in the load-balancing loss
@@ -99,7 +104,7 @@ def _runs(rows_TE: Tensor) -> Iterator[slice]:
 class _Balance(torch.autograd.Function):
     """(E,) weighted counts of the tokens that chose each expert and (E,) sums of softmax(z).
 
-    Over all layers, several of them in one launch where they are small.
+    Over all layers.
     """
 
     @staticmethod
@@ -110,6 +115,13 @@ class _Balance(torch.autograd.Function):
         experts: Sequence[Tensor] | None,
         *logits: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight_T, *logits)
+        ctx.set_materialize_grads(False)
+        ctx.in_kernels = experts is None and balance.takes(logits, top_k)
+        if ctx.in_kernels:
+            counts, sums = balance.sums(logits, top_k, weight_T)
+            ctx.mark_non_differentiable(counts)
+            return counts, sums
         wide = torch.promote_types(logits[0].dtype, torch.float32)
         sums = logits[0].new_zeros(logits[0].shape[1], dtype=wide)
         # whole numbers add up exactly, in any order
@@ -127,16 +139,16 @@ class _Balance(torch.autograd.Function):
                 counted = one if weight is None else weight[run, None]
                 counts.scatter_add_(0, chosen.flatten(), counted.expand_as(chosen).flatten())
                 sums += p.sum(0, dtype=wide) if weight is None else (p * weight[run, None]).sum(0)
-        ctx.save_for_backward(weight_T, *logits)
         counts = counts.to(wide)
         ctx.mark_non_differentiable(counts)
-        ctx.set_materialize_grads(False)
         return counts, sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor, dsums_E: Tensor) -> tuple[Tensor | None, ...]:
         weight_T, *logits = ctx.saved_tensors
+        if ctx.in_kernels and not torch.compiler.is_compiling():
+            return None, None, None, *balance.gradients(logits, weight_T, dsums_E)
         found: list[Tensor] = []
         for group in _groups(logits):
             rows = _joined(logits[group])
