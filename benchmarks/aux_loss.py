@@ -10,6 +10,7 @@ Qwen3-30B-A3B. See benchmarks/README.md. Needs torch and transformers.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -131,6 +132,7 @@ def peak_mb(step: Callable[[], object], device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     step()
+    gc.collect()  # what goes while the step runs would be counted against it
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     step()

@@ -1,12 +1,15 @@
 """What is kept for the backward pass, and how large one allocation may be (laws 4 and 5)."""
 
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import turnout
 from problems import GPT_OSS, LORA_LEAVES, assert_same, output_gradient, random_problem, run
-from turnout.experts import ops
+from turnout.experts import ops, passes
 
 LAYOUTS = {
     "plain": {},
@@ -236,3 +239,46 @@ def test_small_or_lora_intermediates_stay():
         out, z = kept_z(fresh, needs)
         out.sum().backward()
         assert z.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("recompute", ["none", "gate_up"])
+def test_prepared_adapters_outlive_their_last_reader(recompute, monkeypatch):
+    """They are as large as half of their gradients, which come after them."""
+    made, gemms, grams = [], [], []
+    factors, gemm, gram = passes.factors, passes.grouped_gemm, passes.grouped_gram
+
+    def alive():
+        return [ref() is not None for ref in made]
+
+    def watched_factors(*args, **options):
+        found = [
+            replace(f, narrow_ERK=f.narrow_ERK.clone(), tail_ENR=f.tail_ENR.clone())
+            for f in factors(*args, **options)
+        ]
+        made[:] = [weakref.ref(t) for f in found for t in (f.narrow_ERK, f.tail_ENR)]
+        return found
+
+    def watched_gemm(*args, **options):
+        gemms.append(alive())
+        return gemm(*args, **options)
+
+    def watched_gram(*args, **options):
+        grams.append(alive())
+        gram(*args, **options)
+
+    monkeypatch.setattr(passes, "factors", watched_factors)
+    monkeypatch.setattr(passes, "grouped_gemm", watched_gemm)
+    monkeypatch.setattr(passes, "grouped_gram", watched_gram)
+    problem = random_problem(tokens=32, top_k=2, dtype=torch.float32)
+    run(problem, problem.trained_by_lora, recompute=recompute)
+    # forward: x A, up, h A, down; the first two read those of the up projection
+    assert gemms[:4] == [
+        [True] * 4,
+        [True] * 4,
+        [False, False, True, True],
+        [False, False, True, True],
+    ]
+    # A and B of the down projection, then of the up projection, whose factors dx still reads
+    if recompute == "none":
+        assert grams[:2] == [[True, True, False, False]] * 2
+    assert not any(map(any, grams[2:])), grams

@@ -73,6 +73,7 @@ def test_a_models_loss_is_another(name: str, masked: bool) -> None:
 
 
 @needs_gpu
+@pytest.mark.unpoisoned
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_more_than_two_launches_a_layer_are_taken_or_waited_for(masked: bool) -> None:
     mask = weights(512, DEVICE) if masked else None

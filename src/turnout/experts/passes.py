@@ -170,7 +170,7 @@ def forward(
     keep_z = keep and not job.recompute
     epilogue = Activate(job.spec.activation, keep_z)
     h, z = _up(job, _input(job, x, weights_TK, None), tail, ragged, epilogue)
-    tail = None
+    up = tail = None
     if down is not None:
         xa_down = _narrow(Operand(h, dropout=job.drop(1)), down, job, ragged)
         tail = Tail(xa_down, down.tail_ENR)
@@ -207,9 +207,11 @@ def backward(
     on_input = job.spec.weight_on_input
     with_up = needs.x or needs.a_up or (on_input and needs.weights_TK)
     up, down = _factors(job, backward=True, up=with_up, down=needs.d)
+    # adapters, prepared, are as large as half of their gradients: they go once they were read
     db = dz = hw = dots = None
     if needs.d:
         db, first = _hidden_grads(job, saved, needs, x, weights_TK, dout, down)
+        down = None
         if release and saved.z_SG is not None:
             saved.z_SG.untyped_storage().resize_(0)
         dz, hw = first.out, first.h_SF
@@ -225,7 +227,10 @@ def backward(
         db = hw = None
     if needs.dz or (on_input and needs.weights_TK):
         assert dz is not None
-        _up_grads(job, saved, needs, x, weights_TK, dz, up, dots, grads)
+        db_up = _input_grads(job, saved, needs, x, weights_TK, dz, up, dots, grads)
+        up = None
+        _up_grads(job, saved, needs, x, weights_TK, dz, db_up, grads)
+        del db_up
     if needs.down:
         del dz
         _down_grads(job, saved, needs, dy, db, hw, grads)
@@ -321,7 +326,7 @@ def _down_grads(
         _gram(job, dy, xa, ragged, out.permute(2, 0, 1), xa.rows.dtype)
 
 
-def _up_grads(
+def _input_grads(
     job: Job,
     saved: Saved,
     needs: Needs,
@@ -331,30 +336,44 @@ def _up_grads(
     up: Factors | None,
     dots: SlotDots | None,
     grads: dict[str, Tensor],
-) -> None:
-    """Gradients of x, of the up projection, its bias and its adapter.
+) -> Tensor | None:
+    """Gradients of x and, in the launch that sums x's, of the routing weights (`dots`).
 
-    Those of the routing weights (`dots`) come in the launch that sums x's.
+    Returns db_up, which the gradients of the adapter need as well.
     """
-    ragged, lora = saved.ragged, job.lora.gate_up
-    w_EHG = gate_up_EGH(job.weights, job.spec).transpose(1, 2)
+    ragged = saved.ragged
     db = tail = None
-    dx = needs.x or (needs.weights_TK and job.spec.weight_on_input)
     if up is not None:
         db = _narrow(Operand(dz), up, job, ragged)
         tail = Tail(db, up.tail_ENR, job.drop(0))
-    if dx:
-        dx_SH = grouped_gemm(
-            Operand(dz), w_EHG, ragged, dtype=job.dtype, tail=tail, backend=job.backend
-        ).out
-        if needs.x and dots is not None:
-            grads["x"], grads["weights_TK"] = combine_and_dots(dx_SH, ragged, dots)
-        elif needs.x:
-            factor = weights_TK if job.spec.weight_on_input else None
-            grads["x"] = combine(dx_SH, ragged, factor, dx_SH.dtype)
-        if needs.weights_TK and job.spec.weight_on_input:
-            grads["weights_TK"] = row_dots(dx_SH, x, ragged)
-        del dx_SH
+    if not (needs.x or (needs.weights_TK and job.spec.weight_on_input)):
+        return db
+    w_EHG = gate_up_EGH(job.weights, job.spec).transpose(1, 2)
+    dx_SH = grouped_gemm(
+        Operand(dz), w_EHG, ragged, dtype=job.dtype, tail=tail, backend=job.backend
+    ).out
+    if needs.x and dots is not None:
+        grads["x"], grads["weights_TK"] = combine_and_dots(dx_SH, ragged, dots)
+    elif needs.x:
+        factor = weights_TK if job.spec.weight_on_input else None
+        grads["x"] = combine(dx_SH, ragged, factor, dx_SH.dtype)
+    if needs.weights_TK and job.spec.weight_on_input:
+        grads["weights_TK"] = row_dots(dx_SH, x, ragged)
+    return db
+
+
+def _up_grads(
+    job: Job,
+    saved: Saved,
+    needs: Needs,
+    x: Tensor,
+    weights_TK: Tensor,
+    dz: Tensor,
+    db: Tensor | None,
+    grads: dict[str, Tensor],
+) -> None:
+    """Gradients of the up projection, its bias and its adapter."""
+    ragged, lora = saved.ragged, job.lora.gate_up
     if needs.gate_up:
         grads["gate_up"] = torch.empty_like(job.weights.gate_up)
         out = gate_up_EGH(ExpertWeights(grads["gate_up"], job.weights.down), job.spec)
