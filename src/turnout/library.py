@@ -37,6 +37,14 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def traced() -> bool:
+    """`make_fx` or `torch.jit.trace` writes down the operations that run; a plain call that
+    launches a kernel is none."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]  # no stub says so
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 def kernel_op(
     name: str, schema: str, fake: Callable[..., Any]
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:

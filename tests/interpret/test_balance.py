@@ -7,6 +7,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 
 from balance_cases import SIZES, check, chosen, randn, weights
 from turnout.routing import balance
@@ -87,3 +90,26 @@ def test_what_the_kernels_can_not_do_goes_there() -> None:
     assert not takes(experts=64, top_k=33)
     assert not balance.takes([torch.empty(0, 8)], 2)
     assert not balance.takes([torch.empty(4, 8), torch.empty(4, 8, dtype=torch.float64)], 2)
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+def test_a_recorded_graph_is_without_the_kernels_work(mode: str) -> None:
+    def step(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = load_balancing_loss([z], 2)
+        return loss.detach(), torch.autograd.grad(loss, z)[0]
+
+    first, other = (randn(30, 8, seed, torch.float32).requires_grad_() for seed in (0, 1))
+    graph = make_fx(step, tracing_mode=mode)(first)
+    for got, expected in zip(graph(other), step(other), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_tensors_without_memory_are_given_to_a_kernel() -> None:
+    one, other = randn(30, 8, 0, torch.float32), randn(30, 8, 1, torch.float32)
+    found = load_balancing_loss([TwoTensor(one, other)], 2)
+    torch.testing.assert_close(found.a, load_balancing_loss([one], 2))
+    torch.testing.assert_close(found.b, load_balancing_loss([other], 2))
+    with FakeTensorMode():
+        fake = torch.empty(30, 8, requires_grad=True)
+        load_balancing_loss([fake], 2).backward()
+    assert fake.grad is not None

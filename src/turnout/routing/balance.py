@@ -19,17 +19,25 @@ from torch import Tensor
 from turnout.device import device_of
 from turnout.kernel_facts import INSTALLED, interpreting, power_of_2
 from turnout.launch import Launch
+from turnout.library import traced
 
 MOST_EXPERTS, MOST_CHOSEN = 1024, 32
 BLOCKS = 264  # of tokens: two on each multiprocessor of an H100
 ELEMENTS = 4096  # of the logits that a program holds
 WARPS = 8
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
+_PLAIN = Tensor, torch.nn.Parameter
 
 
 def takes(logits: Sequence[Tensor], top_k: int) -> bool:
-    """The kernels can work on these layers; else `losses.py` does it in torch's operations."""
+    """The kernels can work on these layers; else `losses.py` does it in torch's operations.
+
+    That is also where tensors have no memory of their own (fake ones, wrappers), and where what
+    runs is recorded as operations, among which a kernel would be missing.
+    """
     if torch.compiler.is_compiling() or not INSTALLED or top_k > MOST_CHOSEN:
+        return False
+    if traced() or any(type(z) not in _PLAIN for z in logits):
         return False
     first = logits[0]
     if not interpreting() and device_of(first.device).arch is None:
