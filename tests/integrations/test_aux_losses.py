@@ -237,6 +237,18 @@ def test_a_loss_reads_a_value_on_the_host() -> None:
         (lambda: load_balancing_loss((randn(4, 8), randn(4, 6)), 2), "logits[1]"),
         (lambda: load_balancing_loss((randn(4, 8),), 9), "top_k is 9"),
         (lambda: load_balancing_loss((randn(4, 8),), 2, mask=torch.ones(5)), "mask has 5 tokens"),
+        (
+            lambda: load_balancing_loss((randn(4, 8), randn(5, 8)), 2, mask=torch.ones(4)),
+            "mask has 4 tokens; expected 5, as logits[1]",
+        ),
+        (
+            lambda: load_balancing_loss((randn(4, 8),), 2, mask=torch.ones(4, device="meta")),
+            "mask is on meta; expected cpu",
+        ),
+        (
+            lambda: load_balancing_loss((randn(4, 8),), 2, mask=torch.ones(4, requires_grad=True)),
+            "mask wants a gradient",
+        ),
         (lambda: switch_load_balancing_loss(randn(4, 8), torch.zeros(4)), "(batch, sequence, E)"),
     ],
 )

@@ -170,6 +170,24 @@ def _repeated(weight_T: Tensor | None, rows_TE: Tensor) -> Tensor | None:
     return weight_T.repeat(rows_TE.shape[0] // weight_T.numel())
 
 
+def _check_mask(mask: Tensor, logits: Sequence[Tensor]) -> None:
+    for layer, z in enumerate(logits):
+        if mask.numel() != z.shape[0]:
+            raise ValueError(
+                f"mask has {mask.numel()} tokens; expected {z.shape[0]}, as logits[{layer}]"
+            )
+    if mask.device != logits[0].device:
+        raise ValueError(
+            f"mask is on {mask.device}; expected {logits[0].device}, as the logits. Pass "
+            "mask.to(logits[0].device)"
+        )
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "mask wants a gradient; expected plain weights, as the loss has a gradient of the "
+            "logits alone. Pass mask.detach()"
+        )
+
+
 def _check_logits(logits: Sequence[Tensor], top_k: int) -> None:
     if isinstance(logits, Tensor) or not len(logits):
         raise ValueError(
@@ -199,28 +217,25 @@ def load_balancing_loss(
         logits: router logits (T, E) of each layer.
         top_k: K; the K largest probabilities count as chosen.
         mask: (T,) or (batch, sequence) weights of the tokens, 0 for padding; the same for each
-            layer.
+            layer, on the logits' device, without a gradient.
         experts: (T, K) indices of each layer, counted instead of a top-k.
 
     Returns:
         A scalar, float32 or wider.
 
     Raises:
-        ValueError: a shape that does not fit.
+        ValueError: a shape or a mask that does not fit.
 
     Source: Switch Transformer, arXiv:2101.03961, equations 4 to 6; `load_balancing_loss_func` of
     transformers' `modeling_mixtral`.
     """
     _check_logits(logits, top_k)
-    weight_T = None if mask is None else mask.reshape(-1)
-    if weight_T is not None and any(weight_T.numel() != z.shape[0] for z in logits):
-        raise ValueError(
-            f"mask has {weight_T.numel()} tokens; expected {logits[0].shape[0]} as each layer"
-        )
     num_experts = logits[0].shape[1]
     wide = torch.promote_types(logits[0].dtype, torch.float32)
-    if weight_T is not None:
-        weight_T = weight_T.to(wide)
+    weight_T = None
+    if mask is not None:
+        _check_mask(mask, logits)
+        weight_T = mask.reshape(-1).to(wide)
     counts, sums = _Balance.apply(top_k, weight_T, experts, *logits)
     rows: Tensor | int = sum(z.shape[0] for z in logits)
     if weight_T is not None:
