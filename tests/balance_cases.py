@@ -44,15 +44,15 @@ def chosen(logits: Tensor, top_k: int) -> Tensor:
     return torch.zeros(p.shape, dtype=torch.float64, device=p.device).scatter_(1, first, 1.0)
 
 
-def check(logits: Sequence[Tensor], top_k: int, weight: Tensor | None) -> None:
+def check(logits: Sequence[Tensor], top_k: int, weight: Tensor | None, wide: bool = False) -> None:
     """Counts, sums and gradients; softmax may be a bit off, so one choice may be another."""
     assert balance.takes(logits, top_k)
-    counts, sums = balance.sums(logits, top_k, weight)
+    counts, sums = balance.sums(logits, top_k, weight, wide)
     assert counts.dtype == sums.dtype == torch.float32
     w = torch.ones(len(logits[0]), device=logits[0].device) if weight is None else weight
     # without a weight layers may have different numbers of tokens
     ws = [w.double() if weight is not None else z.new_ones(len(z)).double() for z in logits]
-    pairs = list(zip(logits, ws, strict=True))
+    pairs = list(zip([z.float() if wide else z for z in logits], ws, strict=True))
     expected = sum((chosen(z, top_k) * one[:, None]).sum(0) for z, one in pairs)
     assert (counts.double() - expected).abs().sum() <= 2, (counts, expected)
     exact = sum((z.double().softmax(-1) * one[:, None]).sum(0) for z, one in pairs)
@@ -60,12 +60,12 @@ def check(logits: Sequence[Tensor], top_k: int, weight: Tensor | None) -> None:
     near(sums, stock, exact, torch.finfo(torch.float32).eps)
 
     dsums = torch.randn(logits[0].shape[1], generator=torch.Generator().manual_seed(9)).to(w.device)
-    found = balance.gradients(logits, weight, dsums)
-    for (z, one), got in zip(pairs, found, strict=True):
-        assert got.dtype == z.dtype
-        assert got.shape == z.shape
+    found = balance.gradients(logits, weight, dsums, wide)
+    for (z, one), got, given in zip(pairs, found, logits, strict=True):
+        assert got.dtype == given.dtype
+        assert got.shape == given.shape
         truth, stock = (gradient(z.to(to), dsums, one) for to in (torch.float64, z.dtype))
-        near(got, stock, truth, torch.finfo(z.dtype).eps)
+        near(got, stock.to(got.dtype), truth, torch.finfo(got.dtype).eps)
 
 
 def near(got: Tensor, stock: Tensor, truth: Tensor, eps: float) -> None:

@@ -73,6 +73,26 @@ def test_a_models_loss_is_another(name: str, masked: bool) -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("in_kernels", [True, False], ids=["kernels", "torch"])
+def test_the_loss_under_autocast_is_another(in_kernels: bool) -> None:
+    """The definition under the same autocast, whose softmax of bfloat16 is float32."""
+    logits = [(0.05 * z.detach()).requires_grad_() for z in layers(3, 4096, 128)]  # as at first
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        p = torch.cat(logits).softmax(-1)
+        assert p.dtype == torch.float32
+        # of equal probabilities the kernels choose the first, and PyTorch's top-k what it does
+        order = p.sort(-1, descending=True, stable=True) if in_kernels else p.topk(8)
+        share = torch.bincount(order.indices[:, :8].flatten(), minlength=128) / len(p)
+        expected = 128 * (share * p.mean(0)).sum()
+        with patch.object(balance, "takes", balance.takes if in_kernels else lambda *_: False):
+            got = load_balancing_loss(logits, 8)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+    grads = [torch.autograd.grad(loss, logits) for loss in (got, expected)]
+    for one, other in zip(*grads, strict=True):
+        assert (one.double() - other.double()).norm() < 0.01 * other.double().norm()
+
+
+@needs_gpu
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_more_than_two_launches_a_layer_are_taken_or_waited_for(masked: bool) -> None:

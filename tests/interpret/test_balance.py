@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
 from balance_cases import SIZES, check, chosen, randn, weights
-from turnout.routing import balance
+from turnout.routing import balance, losses
 from turnout.routing.losses import load_balancing_loss
 
 
@@ -27,6 +27,32 @@ def test_sums_or_gradients_of_a_size_are_wrong(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_weights_of_tokens_count_otherwise(dtype: torch.dtype) -> None:
     check([randn(150, 12, seed, dtype) for seed in range(3)], 3, weights(150))
+
+
+def test_probabilities_of_autocast_are_rounded_to_the_logits_dtype() -> None:
+    """Its softmax is float32: other sums and gradients, and fewer equal ones to choose from."""
+    made = [randn(150, 60, seed, torch.float16) for seed in range(3)]
+    check(made, 3, None, wide=True)
+    check(made, 3, weights(150), wide=True)
+    counts, sums = balance.sums(made, 3, None, wide=True)
+    expected = balance.sums([z.float() for z in made], 3, None)
+    assert torch.equal(counts, expected[0])
+    assert torch.equal(sums, expected[1])
+
+
+@pytest.mark.parametrize("in_kernels", [True, False], ids=["kernels", "torch"])
+def test_the_loss_under_autocast_is_another(in_kernels: bool) -> None:
+    """Autocast is on in the forward pass and off in the backward pass."""
+    leaves = [randn(90, 60, seed, torch.float16).requires_grad_() for seed in range(3)]
+    wide = [z.detach().float().requires_grad_() for z in leaves]
+    with patch.object(balance, "takes", balance.takes if in_kernels else lambda *_: False):
+        with patch.object(losses, "_widened", return_value=True):
+            loss = load_balancing_loss(leaves, 4)
+        found = [loss, *torch.autograd.grad(100 * loss, leaves)]
+        loss = load_balancing_loss(wide, 4)
+        expected = [loss, *torch.autograd.grad(100 * loss, wide)]
+    for got, other in zip(found, expected, strict=True):
+        assert torch.equal(got, other.to(got.dtype))
 
 
 def test_more_tokens_than_blocks_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

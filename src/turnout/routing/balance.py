@@ -69,6 +69,7 @@ def _plan(
     stride: int,
     dtype: torch.dtype,
     top_k: int,
+    narrow: bool,
     weighted: bool,
     libdevice: bool,
 ) -> _Plan:
@@ -78,13 +79,13 @@ def _plan(
     block_t = max(1, ELEMENTS // columns)
     tiles = -(-tokens // block_t)
     constants: dict[str, Any] = {"BLOCK_T": block_t, "BLOCK_E": columns}
-    rest = {"WEIGHTED": weighted, "LIBDEVICE": libdevice}
+    rest = {"NARROW": narrow, "WEIGHTED": weighted, "LIBDEVICE": libdevice}
     numbers: tuple[float, ...] = (num_experts, stride, tokens)
     if top_k:
         steps = -(-tiles // BLOCKS)
         tiles = -(-tiles // steps)
         numbers = (*numbers, steps)
-        constants = {"TOP_K": top_k, **constants, "NARROW": dtype.itemsize == 2}
+        constants = {"TOP_K": top_k, **constants}
     kernel = _kernels()[0 if top_k else 1]
     launch = Launch(kernel, (tiles, 1, 1), numbers, constants | rest, WARPS, same_dtypes=True)
     return _Plan(launch, tiles, columns)
@@ -94,24 +95,30 @@ def _rows(logits_TE: Tensor) -> Tensor:
     return logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
 
 
-def _plans(rows: Sequence[Tensor], top_k: int, weight_T: Tensor | None) -> list[_Plan]:
+def _plans(rows: Sequence[Tensor], top_k: int, weight_T: Tensor | None, wide: bool) -> list[_Plan]:
     _kernels()  # before anyone asks whether they are interpreted
-    weighted, libdevice = weight_T is not None, not interpreting()
-    return [_plan(z.shape, z.stride(0), z.dtype, top_k, weighted, libdevice) for z in rows]
+    found = []
+    for z in rows:
+        options = not wide and z.dtype.itemsize == 2, weight_T is not None, not interpreting()
+        found.append(_plan(z.shape, z.stride(0), z.dtype, top_k, *options))
+    return found
 
 
-def sums(logits: Sequence[Tensor], top_k: int, weight_T: Tensor | None) -> tuple[Tensor, Tensor]:
+def sums(
+    logits: Sequence[Tensor], top_k: int, weight_T: Tensor | None, wide: bool = False
+) -> tuple[Tensor, Tensor]:
     """(E,) weighted counts of the tokens that chose each expert and (E,) sums of softmax(z).
 
     Args:
         logits: (T, E) of each layer, of which `takes` says yes.
         top_k: K. weight_T: float32, of the tokens of every layer; None is one for each.
+        wide: softmax(z) stays float32, else it is rounded to the logits' dtype.
 
     Returns:
         Two float32 tensors, added up in float64.
     """
     rows = [_rows(z.detach()) for z in logits]
-    plans = _plans(rows, top_k, weight_T)
+    plans = _plans(rows, top_k, weight_T, wide)
     columns = plans[0].columns
     blocks = sum(plan.blocks for plan in plans)
     parts = rows[0].new_empty(blocks, 2, columns, dtype=torch.float32)
@@ -122,12 +129,14 @@ def sums(logits: Sequence[Tensor], top_k: int, weight_T: Tensor | None) -> tuple
     return counts, probabilities
 
 
-def gradients(logits: Sequence[Tensor], weight_T: Tensor | None, dsums_E: Tensor) -> list[Tensor]:
+def gradients(
+    logits: Sequence[Tensor], weight_T: Tensor | None, dsums_E: Tensor, wide: bool = False
+) -> list[Tensor]:
     """Of the sums of softmax(z) with respect to each layer's logits, in the logits' dtype."""
     rows = [_rows(z.detach()) for z in logits]
     found = [z.new_empty(z.shape) for z in rows]
     weight = None if weight_T is None else weight_T.contiguous()
     dsums = dsums_E.float().contiguous()
-    for z, plan, out in zip(rows, _plans(rows, 0, weight_T), found, strict=True):
+    for z, plan, out in zip(rows, _plans(rows, 0, weight_T, wide), found, strict=True):
         plan.launch(z, weight, dsums, out)
     return found

@@ -18,14 +18,15 @@ INDICES: tl.constexpr = tl.constexpr(1023)  # of a key's lowest bits
 
 
 @triton.jit
-def _scores(logits_ptr, t, index, E, stride_t, T, LIBDEVICE: tl.constexpr):
-    """softmax(z) of the rows t, rounded to the logits' dtype; 0 beyond E."""
+def _scores(logits_ptr, t, index, E, stride_t, T, NARROW: tl.constexpr, LIBDEVICE: tl.constexpr):
+    """softmax(z) of the rows t, with NARROW rounded to the logits' dtype; 0 beyond E."""
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     # a row past the end is read as the last
     rows = logits_ptr + tl.minimum(t, T - 1)[:, None] * stride_t
     z = tl.load(rows + index, mask=index < E, other=float("-inf")).to(tl.float32)
     e = exp(z - tl.max(z, 1)[:, None], LIBDEVICE)
-    return quotient(e, tl.sum(e, 1)[:, None], LIBDEVICE).to(dtype).to(tl.float32)
+    p = quotient(e, tl.sum(e, 1)[:, None], LIBDEVICE)
+    return p.to(dtype).to(tl.float32) if NARROW else p
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def balance_kernel(
     sums = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     for step in range(steps):
         t = (block * steps + step) * BLOCK_T + tl.arange(0, BLOCK_T)
-        p = _scores(logits_ptr, t, index, E, stride_t, T, LIBDEVICE)
+        p = _scores(logits_ptr, t, index, E, stride_t, T, NARROW, LIBDEVICE)
         w = _weights(weight_ptr, t, T, WEIGHTED)[:, None]
         # keys differ: the bits of a score, which is not negative, then the index, reversed
         bits = tl.where(p != p, 0x7FFFFFFF, p.to(tl.int32, bitcast=True))
@@ -97,6 +98,7 @@ def balance_backward_kernel(
     T,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    NARROW: tl.constexpr,
     WEIGHTED: tl.constexpr,
     LIBDEVICE: tl.constexpr,
 ):
@@ -106,7 +108,7 @@ def balance_backward_kernel(
     """
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     index = tl.arange(0, BLOCK_E)[None, :]
-    p = _scores(logits_ptr, t, index, E, stride_t, T, LIBDEVICE)
+    p = _scores(logits_ptr, t, index, E, stride_t, T, NARROW, LIBDEVICE)
     w = _weights(weight_ptr, t, T, WEIGHTED)[:, None]
     dsums = tl.load(dsums_ptr + index, mask=index < E, other=0.0)
     dz = p * (dsums - tl.sum(p * dsums, 1)[:, None]) * w

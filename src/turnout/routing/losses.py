@@ -101,6 +101,16 @@ def _runs(rows_TE: Tensor) -> Iterator[slice]:
         yield slice(first, min(first + step, rows_TE.shape[0]))
 
 
+def _widened(logits_TE: Tensor) -> bool:
+    """CUDA's autocast, on in the forward pass alone, takes softmax in float32; not the CPU's."""
+    return logits_TE.is_cuda and torch.is_autocast_enabled("cuda")
+
+
+def _softmax(rows_TE: Tensor, wide: bool) -> Tensor:
+    dtype = torch.promote_types(rows_TE.dtype, torch.float32) if wide else None
+    return rows_TE.softmax(-1, dtype=dtype)
+
+
 class _Balance(torch.autograd.Function):
     """(E,) weighted counts of the tokens that chose each expert and (E,) sums of softmax(z).
 
@@ -117,9 +127,10 @@ class _Balance(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(weight_T, *logits)
         ctx.set_materialize_grads(False)
+        ctx.wide = _widened(logits[0])
         ctx.in_kernels = experts is None and balance.takes(logits, top_k)
         if ctx.in_kernels:
-            counts, sums = balance.sums(logits, top_k, weight_T)
+            counts, sums = balance.sums(logits, top_k, weight_T, ctx.wide)
             ctx.mark_non_differentiable(counts)
             return counts, sums
         wide = torch.promote_types(logits[0].dtype, torch.float32)
@@ -131,7 +142,7 @@ class _Balance(torch.autograd.Function):
             rows = _joined(logits[group])
             weight = _repeated(weight_T, rows)
             for run in _runs(rows):
-                p = rows[run].softmax(-1)
+                p = _softmax(rows[run], ctx.wide)
                 if experts is None:
                     chosen = p.topk(top_k, dim=-1).indices
                 else:
@@ -148,14 +159,14 @@ class _Balance(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor, dsums_E: Tensor) -> tuple[Tensor | None, ...]:
         weight_T, *logits = ctx.saved_tensors
         if ctx.in_kernels and balance.takes(logits, 1):
-            return None, None, None, *balance.gradients(logits, weight_T, dsums_E)
+            return None, None, None, *balance.gradients(logits, weight_T, dsums_E, ctx.wide)
         found: list[Tensor] = []
         for group in _groups(logits):
             rows = _joined(logits[group])
             weight = _repeated(weight_T, rows)
             drows = torch.empty_like(rows)
             for run in _runs(rows):
-                p = rows[run].softmax(-1).to(dsums_E.dtype)
+                p = _softmax(rows[run], ctx.wide).to(dsums_E.dtype)
                 weighted = p * dsums_E
                 dz = weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1)
                 drows[run] = dz if weight is None else dz.mul_(weight[run, None])
