@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from itertools import product
 from typing import Any
 
 import torch
@@ -117,9 +118,9 @@ def record_routing(arch: int, dtype: torch.dtype) -> dict[str, Launch]:
                 sort_by_expert(out.experts_TK, experts, counted)
         for top_k, experts in ((8, 128), (4, 60), (32, 1000)):
             logits = [torch.empty(4096, experts, dtype=dtype)]
-            for weight in (None, torch.empty(4096)):
-                _, sums = balance.sums(logits, top_k, weight)
-                balance.gradients(logits, weight, sums)
+            for weight, wide in product((None, torch.empty(4096)), (False, True)):
+                _, sums = balance.sums(logits, top_k, weight, wide)
+                balance.gradients(logits, weight, sums, wide)
     return found
 
 
