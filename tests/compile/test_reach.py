@@ -14,7 +14,7 @@ from recording import Launch, chip, recording
 import turnout
 from problems import run
 from turnout.ragged import counts_of, sort_by_expert
-from turnout.routing import fused
+from turnout.routing import balance, fused
 
 GPU_TESTS = Path(__file__).parents[1] / "gpu"
 JITTED = re.compile(r"^@(?:triton|gluon)\.jit[^\n]*\ndef (\w+_kernel)\(", re.MULTILINE)
@@ -56,6 +56,11 @@ def test_a_kernel_never_runs_under_the_sanitizer() -> None:
             out.weights_TK.sum().backward()
             counted = counts_of(out.experts_TK, experts)
             sort_by_expert(out.experts_TK, experts, counted)
+        for tokens, top_k, experts in sanitizer_case.BALANCES:
+            layers = [torch.empty(tokens, experts) for _ in range(2)]
+            weight = torch.empty(tokens)
+            _, sums = balance.sums(layers, top_k, weight)
+            balance.gradients(layers, weight, sums)
     assert all_kernels() - kernels(found.values()) == set()
 
 

@@ -41,6 +41,8 @@ ROUTES: dict[str, tuple[RouteSpec, int, int]] = {
     "sigmoid, groups": (SPECS["sigmoid, groups"], 601, 12),
     "E1000-K32": (RouteSpec(top_k=32, norm=False), 101, 1000),
 }
+# Tokens, experts per token, experts of two layers of the load-balancing loss.
+BALANCES = ((601, 3, 12), (101, 32, 1000))
 
 
 @triton.jit
@@ -94,7 +96,7 @@ def main() -> None:
         wrong = [key for key, value in got.items() if not value.isfinite().all()]
         assert not wrong, f"{name}: {wrong} read memory that nobody wrote"
         print(name, "done", flush=True)
-    for tokens, top_k, num_experts in ((601, 3, 12), (101, 32, 1000)):
+    for tokens, top_k, num_experts in BALANCES:
         logits = [randn(tokens, num_experts).to(DEVICE, torch.bfloat16) for _ in range(2)]
         with poison_empty():
             check_balance(logits, top_k, weights(tokens, DEVICE))
