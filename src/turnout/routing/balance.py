@@ -1,8 +1,8 @@
 """The sums of the load-balancing loss in one launch per layer, their gradient in another.
 
 The host side of `kernels_balance.py`. `losses.py` has the definition and the autograd function.
-Beyond the logits and their gradient a layer keeps BLOCKS rows of E: no atomics, the same bits every
-time.
+Beyond the logits and their gradient a layer takes up to BLOCKS rows of E for a moment: no atomics,
+the same bits every time.
 
 Legend: T tokens, K experts per token, E experts.
 """
@@ -20,8 +20,8 @@ from turnout.device import device_of
 from turnout.kernel_facts import INSTALLED, interpreting, power_of_2
 from turnout.launch import Launch
 from turnout.library import traced
+from turnout.routing.fused import MOST_CHOSEN, MOST_EXPERTS
 
-MOST_EXPERTS, MOST_CHOSEN = 1024, 32
 BLOCKS = 264  # of tokens: two on each multiprocessor of an H100
 ELEMENTS = 4096  # of the logits that a program holds
 WARPS = 8
