@@ -116,6 +116,8 @@ def record_routing(arch: int, dtype: torch.dtype) -> dict[str, Launch]:
                 counted = counts_of(out.experts_TK, experts)
                 assert counted is not None
                 sort_by_expert(out.experts_TK, experts, counted)
+        for tokens, top_k in ((777, 32), (7, 1)):  # the widest buckets, the most experts
+            sort_by_expert(torch.empty(tokens, top_k, dtype=torch.int64), 1024)
         for top_k, experts in ((8, 128), (4, 60), (32, 1000)):
             logits = [torch.empty(4096, experts, dtype=dtype)]
             for weight, wide in product((None, torch.empty(4096)), (False, True)):

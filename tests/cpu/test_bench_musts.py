@@ -83,7 +83,7 @@ def test_decode_is_against_the_better_of_the_stock_ones():
     ]
     must = found(rows, ["decode"])["qwen3-30b fwd T=4: time / best stock"]
     assert (must.got, must.note, must.passed) == (pytest.approx(1.2), "batched_mm", False)
-    assert len(found(rows, ["decode"])) == 3 * 6 + 1
+    assert len(found(rows, ["decode"])) == 5 * 6 + 1
 
 
 def test_every_number_of_tokens_is_judged_by_the_median():

@@ -54,6 +54,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3-30b": {"top_k": 8, "num_experts": 128, "hidden": 2048, "intermediate": 768},
     "olmoe": {"top_k": 8, "num_experts": 64, "hidden": 2048, "intermediate": 1024},
+    "sonic-readme": {"top_k": 8, "num_experts": 128, "hidden": 4096, "intermediate": 1024},
     "mixtral": {"top_k": 2, "num_experts": 8, "hidden": 4096, "intermediate": 14336},
     "gpt-oss-20b": {
         "top_k": 4,

@@ -81,7 +81,7 @@ def test_the_loss_under_autocast_is_another(in_kernels: bool) -> None:
         p = torch.cat(logits).softmax(-1)
         assert p.dtype == torch.float32
         # of equal probabilities the kernels choose the first, and PyTorch's top-k what it does
-        order = p.sort(-1, descending=True, stable=True) if in_kernels else p.topk(8)
+        order = p.sort(dim=-1, descending=True, stable=True) if in_kernels else p.topk(8)
         share = torch.bincount(order.indices[:, :8].flatten(), minlength=128) / len(p)
         expected = 128 * (share * p.mean(0)).sum()
         with patch.object(balance, "takes", balance.takes if in_kernels else lambda *_: False):

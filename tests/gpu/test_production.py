@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import DEVICE, MEMORY, MODELS, model_problem, step_of, zipf
+from cuda_cases import DEVICE, MEMORY, MODELS, model_problem, step_of, waits_are_errors, zipf
 from torch import Tensor
 
 from problems import Problem, assert_same, judge, output_gradient, restricted, run
@@ -19,14 +19,27 @@ from problems import Problem, assert_same, judge, output_gradient, restricted, r
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 STACKS = ("gate_up", "down")
 # About 128 rows an expert, as in training; Mixtral has few experts and many weights.
-TOKENS = {"qwen3-30b": 2048, "olmoe": 1024, "mixtral": 512, "gpt-oss-20b": 1024}
-# The shapes of the benchmarks, where every expert has 512 rows and more.
-DESIGN = {"qwen3-30b": 16384, "gpt-oss-20b": 16384, "mixtral": 8192}
+TOKENS = {
+    "qwen3-30b": 2048,
+    "olmoe": 1024,
+    "sonic-readme": 2048,
+    "mixtral": 512,
+    "gpt-oss-20b": 1024,
+}
+# The shapes of the benchmarks: a model and its tokens.
+DESIGN = {
+    "qwen3-30b": ("qwen3-30b", 16384),
+    "olmoe": ("olmoe", 16384),
+    "mixtral": ("mixtral", 8192),
+    "gptoss-20b": ("gpt-oss-20b", 16384),
+    "sonic-readme": ("sonic-readme", 32768),
+    "small-t": ("qwen3-30b", 512),
+}
+LARGE = ("mixtral", "sonic-readme")
 REPEATS = 50
 FLUSH = 2**28  # bytes; larger than any L2 cache
 CASES = [
-    pytest.param(model, marks=MEMORY["large" if model == "mixtral" else "medium"])
-    for model in MODELS
+    pytest.param(model, marks=MEMORY["large" if model in LARGE else "medium"]) for model in MODELS
 ]
 
 
@@ -72,13 +85,15 @@ def test_two_runs_of_lora_training_differ_with_dropout() -> None:
 
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("trained", ["LoRA", "full"])
-@pytest.mark.parametrize("model", [pytest.param(name, marks=MEMORY["large"]) for name in DESIGN])
-def test_one_of_many_steps_differs(model: str, trained: str) -> None:
+@pytest.mark.parametrize("shape", [pytest.param(name, marks=MEMORY["large"]) for name in DESIGN])
+def test_one_of_many_steps_differs_or_waits(shape: str, trained: str) -> None:
     """Every second one with a cold cache: a missing wait shows where loads take their time."""
-    problem = model_problem(model, DESIGN[model])
+    problem = model_problem(*DESIGN[shape])
     names = problem.trained_by_lora if trained == "LoRA" else tuple(problem.leaves)
     step = step_of(problem, names)
     expected = [tensor.clone() for tensor in step()]
+    with waits_are_errors():
+        step()
     flush = torch.empty(FLUSH, dtype=torch.uint8, device=DEVICE)
     for number in range(REPEATS):
         if number % 2:

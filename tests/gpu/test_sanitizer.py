@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sanitizer_case import CASES, ROUTES
+from sanitizer_case import BALANCES, CASES, ROUTES
 
 import turnout
 
@@ -42,7 +42,7 @@ def test_a_kernel_reads_or_writes_out_of_bounds() -> None:
     done = memcheck()
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout + done.stderr
-    assert done.stdout.count("done") == len(CASES) + len(ROUTES)
+    assert done.stdout.count("done") == len(CASES) + len(ROUTES) + len(BALANCES)
 
 
 def test_the_sanitizer_misses_a_kernel_that_does() -> None:
