@@ -21,7 +21,6 @@ else:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
-report = turnout.patch(model)  # before TRL adds the adapters: they are fused when they come
 trainer = SFTTrainer(
     model=model,
     args=SFTConfig(
@@ -49,7 +48,9 @@ trainer = SFTTrainer(
     ),
     callbacks=[TurnoutCallback()],  # kernels and load of the experts, to turnout-report.jsonl
 )
-report.require("fused")  # or an error that names each layer that is not, and why
+# behind SFTTrainer, which gives the model a forward of its own, with the aux loss in it
+report = turnout.patch(model, aux_loss="fused")
+report.require("fused")  # or an error that names each layer or loss that is not, and why
 trainer.train()
 trainer.save_model(str(args.out / "adapter"))  # plain PEFT
 

@@ -476,6 +476,16 @@ def test_a_forward_that_the_class_gets_later_is_not_run() -> None:
     assert report.aux_losses[0].status == "fused"
 
 
+def test_a_mask_of_four_dimensions_is_taken_for_weights_of_tokens() -> None:
+    model = tiny(KEY)
+    given = inputs(KEY, "labels")
+    batch, sequence = given["input_ids"].shape
+    given["attention_mask"] = torch.ones(batch, 1, sequence, sequence, dtype=torch.bool).tril()
+    fused(model)
+    with pytest.raises(ValueError, match=r"attention_mask is .* expected \(batch, sequence\)"):
+        model(**given)
+
+
 def test_another_word_is_taken() -> None:
     with pytest.raises(ValueError, match=r"aux_loss is 'other'; expected one of 'model', 'fused'"):
         turnout.patch(tiny(KEY), aux_loss="other")

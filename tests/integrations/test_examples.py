@@ -121,5 +121,6 @@ def test_example_trains_a_checkpoint_on_texts_with_every_expert_in_turnout(
     assert_says_where_liger_is(script, text)
     assert ("aux loss" in text) == (script in ("trl_sft", "plain_loop"))
     if script == "trl_sft":
+        assert [row.status for row in made["report"].aux_losses] == ["fused"]
         rows = [len(row["input_ids"]) for row in made["trainer"].train_dataset]
         assert len(rows) < TEXTS / 2, f"{rows}: the texts are not packed"

@@ -3,7 +3,9 @@
 The models call a function of their module, `load_balancing_loss_func`, by its global name, so the
 instance gets a forward that is the class's own code over a copy of those globals in which the name
 is ours. Which logits are recorded, the mask, the coefficient, the sum with the loss and the output
-stay the model's own lines. No class, module or function of another library changes.
+stay the model's own lines. A forward that somebody put on the instance and that imports the
+function in every call, as TRL's does, is copied likewise, with an import that finds ours. No class,
+module or function of another library changes.
 
 A model is left alone if its function takes other arguments, or gives another value or gradient
 than ours on made-up logits.
@@ -13,12 +15,14 @@ Legend: T tokens, K experts per token, E experts.
 
 from __future__ import annotations
 
+import builtins
 import dis
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -49,7 +53,7 @@ def balancing(
         A float32 scalar on the device of the first layer.
 
     Raises:
-        ValueError: a shape that does not fit.
+        ValueError: a shape that does not fit, such as that of a mask of four dimensions.
 
     Source: `load_balancing_loss_func` of transformers' `modeling_mixtral`.
     """
@@ -59,6 +63,11 @@ def balancing(
         raise ValueError(
             f"the router logits have {gate_logits[0].shape[-1]} experts; expected {num_experts}, "
             "as the model says. Call turnout.unpatch(model), or patch without aux_loss='fused'"
+        )
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask is {tuple(attention_mask.shape)}; expected (batch, sequence), as the "
+            "load-balancing loss weighs tokens. Pass such a mask, or output_router_logits=False"
         )
     device = gate_logits[0].device if gate_logits else None
     logits = [z.to(device) for z in gate_logits]
@@ -72,22 +81,25 @@ class AuxState:
 
     Attributes:
         cls: of the module. own: why it keeps its own function, or an empty string.
-        stock: the forward of the class when this was made.
+        theirs: the function that was on the instance and imports the loss; None if there is none.
+        stock: `theirs`, or the forward of the class when this was made.
         ours: the same code with `balancing` in place of the function.
     """
 
     cls: type[nn.Module]
     own: str = ""
+    theirs: Any = None
     stock: Any = None
     ours: Any = None
 
     def __post_init__(self) -> None:
         if not self.own:
-            self.stock = self.cls.forward
-            self.ours = _exchanged(self.stock)
+            self.stock = self.theirs or self.cls.forward
+            self.ours = _importing_ours(self.stock) if self.theirs else _exchanged(self.stock)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"cls": self.cls, "own": self.own}  # a copy of a function can not be pickled
+        # a copy of a function can not be pickled
+        return {"cls": self.cls, "own": self.own, "theirs": self.theirs}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__init__(**values)  # type: ignore[misc]
@@ -122,6 +134,13 @@ def _exchanged(function: Any) -> Callable[..., Any] | None:
         cells = tuple(
             CellType(inner) if ours else cell for ours, cell in zip(held, cells or (), strict=True)
         )
+    return _copy(function, scope, cells)
+
+
+def _copy(
+    function: FunctionType, scope: dict[str, Any], cells: tuple[CellType, ...] | None
+) -> FunctionType:
+    """The function with other globals and cells."""
     # a code object of its own, as torch.compile keeps what it compiled with the code
     code = function.__code__.replace()
     made = FunctionType(code, scope, function.__name__, function.__defaults__, cells)
@@ -130,12 +149,46 @@ def _exchanged(function: Any) -> Callable[..., Any] | None:
     return made
 
 
+def _source_module(function: Any) -> str | None:
+    """The module from which the function itself imports the loss in every call."""
+    if not isinstance(function, FunctionType):
+        return None
+    module = None
+    for step in dis.get_instructions(function):
+        if step.opname == "IMPORT_NAME":
+            module = step.argval
+        elif step.opname == "IMPORT_FROM" and step.argval == NAME:
+            return module
+    return None
+
+
+def _importing_ours(function: FunctionType) -> FunctionType:
+    """The function with an `import` that gives `balancing` for the name, from any module."""
+
+    def find(name: str, *where: Any) -> Any:
+        found = builtins.__import__(name, *where)
+        names = where[2] if len(where) > 2 and where[2] else ()
+        if NAME not in names:
+            return found
+        return SimpleNamespace(
+            **{n: getattr(found, n) for n in names if n != NAME}, **{NAME: balancing}
+        )
+
+    scope = {**function.__globals__, "__builtins__": {**vars(builtins), "__import__": find}}
+    return _copy(function, scope, function.__closure__)
+
+
 def aux_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """In place of the forward of a model: its own code, with turnout's load-balancing loss."""
     state: AuxState | None = vars(module).get(STATE)
-    if state is None or state.ours is None or type(module).forward is not state.stock:
+    if state is None or state.ours is None or _changed(module, state):
         return type(module).forward(module, *args, **kwargs)
     return state.ours(module, *args, **kwargs)
+
+
+def _changed(module: nn.Module, state: AuxState) -> bool:
+    """Whether the class has got another forward than the one that was copied."""
+    return state.theirs is None and type(module).forward is not state.stock
 
 
 def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -151,24 +204,31 @@ def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def swap_losses(model: nn.Module) -> None:
     """Give every such module the forward; those that can not have it keep a state with the why."""
     for _, module in holders(model):
-        reason = _why_own(module)
-        vars(module)[STATE] = AuxState(type(module), own=reason)
+        slot = _slot(module)
+        state: AuxState | None = vars(module).get(STATE)
+        theirs = _importer(vars(module).get(slot))
+        if theirs is None and state is not None and _is_ours(vars(module).get(slot)):
+            theirs = state.theirs  # patched before
+        reason = _why_own(module, theirs)
+        vars(module)[STATE] = AuxState(type(module), own=reason, theirs=theirs)
         if reason:
             continue
-        slot = _slot(module)
         if not _is_ours(vars(module).get(slot)):
             vars(module)[slot] = _bound(module)
 
 
 def restore_loss(module: nn.Module) -> None:
     """Undo `swap_losses` on this module; any other module stays as it is."""
-    if vars(module).pop(STATE, None) is None:
+    state: AuxState | None = vars(module).pop(STATE, None)
+    if state is None:
         return
     for slot in ("forward", _BEHIND):
         bound = vars(module).get(slot)
         if not isinstance(bound, partial) or bound.func is not aux_forward:
             continue
-        if slot == _BEHIND:
+        if state.theirs is not None:
+            vars(module)[slot] = MethodType(state.theirs, module)
+        elif slot == _BEHIND:
             vars(module)[slot] = MethodType(type(module).forward, module)
         else:
             del vars(module)[slot]
@@ -194,33 +254,46 @@ def _is_ours(bound: Any) -> bool:
     return isinstance(inner, partial) and inner.func is aux_forward
 
 
+def _importer(bound: Any) -> FunctionType | None:
+    """The function of this bound method, if it imports the loss."""
+    function = bound.__func__ if isinstance(bound, MethodType) else None
+    return function if isinstance(function, FunctionType) and _source_module(function) else None
+
+
 def _other(module: nn.Module) -> str:
-    """The forward of another library on the instance, in words, or an empty string."""
-    slot = _slot(module)
-    bound = vars(module).get(slot)
+    """The forward of another library on the instance, in words, or an empty string.
+
+    It is named by its code, as functools.wraps gives it the name of what it stands in for.
+    """
+    bound = vars(module).get(_slot(module))
     function = getattr(bound, "__func__", bound)
     if bound is None or _is_ours(bound) or function is type(module).forward:
         return ""
-    function = getattr(inspect.unwrap(bound), "__func__", function)
-    name = getattr(function, "__qualname__", type(function).__name__)
-    return f"the instance has the forward {name} of {getattr(function, '__module__', '')}"
+    if not isinstance(function, FunctionType):
+        return f"the instance has the forward {function!r}"
+    code = function.__code__
+    return f"the instance has the forward {code.co_name} of {code.co_filename}"
 
 
-def _why_own(module: nn.Module) -> str:
+def _why_own(module: nn.Module, theirs: FunctionType | None) -> str:
     forward = type(module).forward
-    if other := _other(module):
+    if theirs is None and (other := _other(module)):
         return other
-    body = _body(forward)
-    assert body is not None
-    function = body.__globals__[NAME]
+    if theirs is not None:
+        where = str(_source_module(theirs))
+        function = vars(importlib.import_module(where)).get(NAME)
+    else:
+        body = _body(forward)
+        assert body is not None
+        where, function = body.__module__, body.__globals__[NAME]
     if not callable(function):
-        return f"{NAME} of {body.__module__} is no function"
+        return f"{NAME} of {where} is no function"
     names = list(inspect.signature(function).parameters)
     if names != _PARAMETERS:
-        return f"{NAME} of {body.__module__} takes {', '.join(names)}"
-    if _exchanged(forward) is None:
+        return f"{NAME} of {where} takes {', '.join(names)}"
+    if theirs is None and _exchanged(forward) is None:
         return f"a decorator of {type(module).__name__}.forward is not known"
-    return _difference(function, body.__module__)
+    return _difference(function, where)
 
 
 def _difference(function: Callable[..., Any], where: str) -> str:
@@ -270,7 +343,7 @@ def aux_loss_rows(model: nn.Module, aux_loss: str) -> tuple[AuxLossRow, ...]:
             detail = state.own
         elif other := _other(module):
             detail = other
-        elif type(module).forward is not state.stock:
+        elif _changed(module, state):
             detail = "its class has another forward now; call turnout.patch(model) again"
         elif not _is_ours(vars(module).get(_slot(module))):
             detail = "its own forward was put back; call turnout.patch(model) again"
