@@ -64,8 +64,10 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         frameon=False,
     )
     last = shown[-1]
+    rates = sorted(row.dense_tflops for row in shown)
+    ends = dict.fromkeys(f"{rate:.0f}" for rate in (rates[0], rates[-1]))
     figure.supxlabel(
-        f"fraction of a dense bf16 matmul ({last.dense_tflops:.0f} TFLOP/s) on {last.device}, "
+        f"fraction of a dense bf16 matmul ({' to '.join(ends)} TFLOP/s) on {last.device}, "
         f"torch {last.torch}, Triton {last.triton}, {last.commit}",
         fontsize=8,
     )
