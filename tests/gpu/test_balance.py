@@ -22,7 +22,11 @@ from torch import Tensor
 
 from balance_cases import MODELS, SIZES, check, randn, weights
 from turnout.routing import balance
-from turnout.routing.losses import load_balancing_loss
+from turnout.routing.losses import (
+    load_balancing_loss,
+    router_z_loss,
+    switch_load_balancing_loss,
+)
 
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs CUDA or bfloat16")
 TOKENS = 1000 if DEVICE.type == "cuda" else 100
@@ -90,6 +94,23 @@ def test_the_loss_under_autocast_is_another(in_kernels: bool) -> None:
     grads = [torch.autograd.grad(loss, logits) for loss in (got, expected)]
     for one, other in zip(*grads, strict=True):
         assert (one.double() - other.double()).norm() < 0.01 * other.double().norm()
+
+
+@needs_gpu
+@pytest.mark.parametrize("which", ["Switch", "z"])
+def test_the_other_losses_under_autocast_round_what_is_float32(which: str) -> None:
+    logits = (0.05 * layers(1, 4096, 128)[0].detach()).view(4, 1024, 128).requires_grad_()
+    chosen = logits.detach().topk(2).indices
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        if which == "z":
+            got, expected = router_z_loss(logits), torch.logsumexp(logits, -1).square().mean()
+        else:
+            share = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, chosen, 1).mean(1)
+            expected = (share * logits.softmax(-1).mean(1)).mean() * 128**2
+            got = switch_load_balancing_loss(logits, chosen)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+    ours, theirs = (torch.autograd.grad(loss, logits)[0] for loss in (got, expected))
+    assert (ours.double() - theirs.double()).norm() < 0.01 * theirs.double().norm()
 
 
 @needs_gpu

@@ -139,6 +139,32 @@ def test_z_loss_is_not_transformers(dtype: torch.dtype) -> None:
     agree(router_z_loss(both[0][0]), switch.router_z_loss_func(both[1][0]), both, dtype)
 
 
+@pytest.mark.parametrize("which", ["Mixtral", "Switch", "z"])
+def test_small_bfloat16_logits_are_rounded_under_cudas_autocast(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Softmax and logsumexp are float32 there, and in their gradients, which run outside of it."""
+    logits = (0.05 * randn(4, 30, 8)).bfloat16()
+    chosen = torch.randint(8, (4, 30, 2), generator=torch.Generator().manual_seed(1))
+    both = twins([logits])
+    wide = both[1][0].float()
+    monkeypatch.setattr(losses, "_widened", lambda z: True)
+    if which == "Mixtral":
+        ours = load_balancing_loss((both[0][0].flatten(0, 1),), 2)
+        theirs = load_balancing_loss_func((wide.flatten(0, 1),), 8, 2)
+    elif which == "Switch":
+        ours = switch_load_balancing_loss(both[0][0], chosen)
+        theirs = switch.load_balancing_loss_func(wide.softmax(-1), chosen)
+    else:
+        ours, theirs = router_z_loss(both[0][0]), switch.router_z_loss_func(wide)
+    monkeypatch.setattr(losses, "_widened", lambda z: False)
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)
+    (got,), (expected,) = (
+        torch.autograd.grad(loss, leaf) for loss, leaf in zip((ours, theirs), both, strict=True)
+    )
+    assert (got.double() - expected.double()).norm() < 0.004 * expected.double().norm()
+
+
 def largest_allocation(tokens: int) -> int:
     logits = [randn(tokens, 64).requires_grad_()]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

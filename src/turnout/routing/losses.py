@@ -47,34 +47,42 @@ def _tiles(groups: int, tokens: int) -> Iterator[tuple[slice, slice]]:
             yield slice(first, min(first + step, groups)), piece
 
 
+def _widened(logits_TE: Tensor) -> bool:
+    """CUDA's autocast, on in the forward pass alone, takes softmax and logsumexp
+    in float32; the CPU's does not.
+    """
+    return logits_TE.is_cuda and torch.is_autocast_enabled("cuda")
+
+
+def _softmax(rows_TE: Tensor, wide: bool) -> Tensor:
+    dtype = torch.promote_types(rows_TE.dtype, torch.float32) if wide else None
+    return rows_TE.softmax(-1, dtype=dtype)
+
+
 class _ProbabilitySums(torch.autograd.Function):
-    """sum over t of weight[t] * softmax(z[g, t]): (G, T, E) to (G, E), float32 or wider."""
+    """sum over t of softmax(z[g, t]): (G, T, E) to (G, E), float32 or wider."""
 
     @staticmethod
-    def forward(ctx: Any, logits_GTE: Tensor, weight_T: Tensor | None) -> Tensor:
+    def forward(ctx: Any, logits_GTE: Tensor) -> Tensor:
         groups, tokens, experts = logits_GTE.shape
+        ctx.wide = _widened(logits_GTE)
         wide = torch.promote_types(logits_GTE.dtype, torch.float32)
         sums = logits_GTE.new_zeros(groups, experts, dtype=wide)
         for some, piece in _tiles(groups, tokens):
-            p = logits_GTE[some, piece].softmax(-1).to(wide)
-            if weight_T is not None:
-                p = p * weight_T[piece, None].to(wide)
-            sums[some] += p.sum(1)
-        ctx.save_for_backward(logits_GTE, weight_T)
+            sums[some] += _softmax(logits_GTE[some, piece], ctx.wide).to(wide).sum(1)
+        ctx.save_for_backward(logits_GTE)
         return sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dsums_GE: Tensor) -> tuple[Tensor, None]:
-        logits, weight_T = ctx.saved_tensors
+    def backward(ctx: Any, dsums_GE: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
         dlogits = torch.empty_like(logits)
         for some, piece in _tiles(*logits.shape[:2]):
-            p, dsums = logits[some, piece].softmax(-1).to(dsums_GE.dtype), dsums_GE[some, None]
-            dz = p * (dsums - (p * dsums).sum(-1, keepdim=True))
-            if weight_T is not None:
-                dz *= weight_T[piece, None].to(dz.dtype)
-            dlogits[some, piece] = dz.to(dlogits.dtype)
-        return dlogits, None
+            p = _softmax(logits[some, piece], ctx.wide).to(dsums_GE.dtype)
+            dsums = dsums_GE[some, None]
+            dlogits[some, piece] = p * (dsums - (p * dsums).sum(-1, keepdim=True))
+        return dlogits
 
 
 def _groups(logits: Sequence[Tensor]) -> Iterator[slice]:
@@ -99,16 +107,6 @@ def _runs(rows_TE: Tensor) -> Iterator[slice]:
     step = max(1, ELEMENTS // rows_TE.shape[1])
     for first in range(0, rows_TE.shape[0], step):
         yield slice(first, min(first + step, rows_TE.shape[0]))
-
-
-def _widened(logits_TE: Tensor) -> bool:
-    """CUDA's autocast, on in the forward pass alone, takes softmax in float32; not the CPU's."""
-    return logits_TE.is_cuda and torch.is_autocast_enabled("cuda")
-
-
-def _softmax(rows_TE: Tensor, wide: bool) -> Tensor:
-    dtype = torch.promote_types(rows_TE.dtype, torch.float32) if wide else None
-    return rows_TE.softmax(-1, dtype=dtype)
 
 
 class _Balance(torch.autograd.Function):
@@ -274,7 +272,7 @@ def switch_load_balancing_loss(logits_GTE: Tensor, experts_GTK: Tensor) -> Tenso
             f"{tuple(experts_GTK.shape)}; expected (batch, sequence, E) and (batch, sequence, K)"
         )
     groups, tokens, num_experts = logits_GTE.shape
-    means = _ProbabilitySums.apply(logits_GTE, None) / tokens
+    means = _ProbabilitySums.apply(logits_GTE) / tokens
     chosen = experts_GTK.reshape(groups, tokens, -1).long().sort(-1).values
     first = torch.ones_like(chosen)
     first[..., 1:] = (chosen[..., 1:] != chosen[..., :-1]).long()
@@ -289,9 +287,11 @@ class _ZLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_TE: Tensor) -> Tensor:
-        z = logits_TE.new_empty(logits_TE.shape[0])
+        ctx.wide = _widened(logits_TE)
+        wide = torch.promote_types(logits_TE.dtype, torch.float32) if ctx.wide else logits_TE.dtype
+        z = logits_TE.new_empty(logits_TE.shape[0], dtype=wide)
         for piece in pieces(logits_TE.shape[0]):
-            z[piece] = logits_TE[piece].logsumexp(-1)
+            z[piece] = logits_TE[piece].to(wide).logsumexp(-1)
         ctx.save_for_backward(logits_TE, z)
         return z.square().sum()
 
@@ -301,7 +301,8 @@ class _ZLoss(torch.autograd.Function):
         logits, z = ctx.saved_tensors
         dlogits = torch.empty_like(logits)
         for piece in pieces(logits.shape[0]):
-            dlogits[piece] = logits[piece].softmax(-1) * (2 * z[piece] * dloss)[:, None]
+            p = _softmax(logits[piece], ctx.wide)
+            dlogits[piece] = p * (2 * z[piece] * dloss)[:, None]
         return dlogits
 
 
