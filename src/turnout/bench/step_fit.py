@@ -7,12 +7,14 @@ Needed by a stock step, which needs the most (T tokens, S rows, G = 2F, bytes):
     fold         2 per parameter of the experts: PEFT's W + s * B A, kept for the backward pass
     experts      S * 2 * (2H + 2G): gathered input, up, activation and product, output
     attention    T * (8H + 4 per input and 8 per output feature of the adapted linear layers)
+    recurrence   T * 52 per output feature of linear attention: 13 float32 copies, as plain PyTorch
+                 keeps them (12.6 and 13.0 by the peaks of two runs without experts)
     once         the larger of one chunk of logits (16 per entry) and the two float32 copies of one
                  stack that the fold passes through
 
-Without checkpointing, fold, experts and attention count per layer; with it once, and T * 2H per
-layer. For 6 layers of Qwen3-30B-A3B and 8192 tokens the formula gives 21.1 GiB above the weights
-and 7.0 with checkpointing, where 20.2 and 4.4 were measured.
+Without checkpointing, fold, experts, attention and recurrence count per layer; with it once, and
+T * 2H per layer. For 6 layers of Qwen3-30B-A3B and 8192 tokens the formula gives 21.1 GiB above the
+weights and 7.0 with checkpointing, where 20.2 and 4.4 were measured.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from turnout.bench.step_models import RANK, StepModel, on_meta
 from turnout.integrations.architectures import expert_modules
 
 SPARE = 0.05  # of the free memory: fragments of the allocator, and what no formula has
+_RECURRENCE = 13 * 4
 _FEW, _MORE = 4, 8  # a multiple of every pattern of layers that a configuration repeats
 
 
@@ -117,4 +120,6 @@ def _sums(shape: StepModel, layers: int) -> dict[str, float]:
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in shape.targets:
             sums["adapters"] += RANK * (module.in_features + module.out_features)
             sums["features"] += 4 * module.in_features + 8 * module.out_features
+        if name.rpartition(".")[2] == shape.recurrence:
+            sums["features"] += _RECURRENCE * module.in_features
     return sums
