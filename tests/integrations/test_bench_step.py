@@ -88,6 +88,17 @@ def test_identity_has_no_experts_and_the_same_weights():
     assert all(bool(p.any()) for p in stock.adapters.values())  # B is not zero
 
 
+def test_a_drawn_embedding_changes_nothing_else():
+    plain = step_model("tiny")
+    drawn = dataclasses.replace(plain, embedding=1.0)
+    stock, other = (build(s, 2, "stock", CPU, checkpointing=False) for s in (plain, drawn))
+    there = dict(stock.model.named_parameters())
+    differ = {n for n, p in other.model.named_parameters() if not torch.equal(p, there[n])}
+    assert [name.rpartition("model.")[2] for name in differ] == ["embed_tokens.weight"]
+    embedding = other.model.get_input_embeddings().weight
+    assert embedding.float().std().item() == pytest.approx(1.0, rel=0.05)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_real_configuration_does_not_run(name):
     """With its own options (yarn, biases, groups, partial rotary, ...), by every provider."""
