@@ -34,6 +34,8 @@ COLOURS = {
 def plot(path: Path, rows: Sequence[Row]) -> None:
     """Speed as a fraction of the dense bf16 matmul, of the latest rows on the standard batches.
 
+    The largest dense rate counts for all, also where several processes measured their own.
+
     Raises:
         ValueError: no such row has a time.
     """
@@ -43,11 +45,12 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
             f"none of the {len(rows)} rows is of a named shape with its own tokens, uniform "
             "routing and a time; expected at least one. Run benchmarks/compare.py first."
         )
+    dense = max(row.dense_tflops for row in shown)
     modes = [mode for mode in GRADIENTS if any(row.mode == mode for row in shown)]
     figure = Figure(figsize=(11, 0.6 + 2.7 * len(modes)), layout="constrained")
     panels = figure.subplots(len(modes), squeeze=False)[:, 0]
     for axes, mode in zip(panels, modes, strict=True):
-        _bars(axes, [row for row in shown if row.mode == mode])
+        _bars(axes, [row for row in shown if row.mode == mode], dense)
         axes.set_title(TITLES[mode], fontsize=10, loc="left")
     used = [name for name in _order() if any(row.provider == name for row in shown)]
     handles = {
@@ -64,10 +67,8 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         frameon=False,
     )
     last = shown[-1]
-    rates = sorted(row.dense_tflops for row in shown)
-    ends = dict.fromkeys(f"{rate:.0f}" for rate in (rates[0], rates[-1]))
     figure.supxlabel(
-        f"fraction of a dense bf16 matmul ({' to '.join(ends)} TFLOP/s) on {last.device}, "
+        f"fraction of a dense bf16 matmul ({dense:.0f} TFLOP/s) on {last.device}, "
         f"torch {last.torch}, Triton {last.triton}, {last.commit}",
         fontsize=8,
     )
@@ -79,7 +80,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
 def _is_standard(row: Row) -> bool:
     tokens = {shape.name: shape.tokens for shape in SHAPES}
     return (
-        row.fraction is not None
+        row.tflops is not None
         and row.provider in PROVIDERS
         and not PROVIDERS[row.provider].backend  # the peer itself is there
         and not row.provider.endswith(GRAPH)
@@ -92,7 +93,7 @@ def _order() -> list[str]:
     return [*COLOURS, *(name for name in PROVIDERS if name not in COLOURS)]
 
 
-def _bars(axes: Any, rows: list[Row]) -> None:
+def _bars(axes: Any, rows: list[Row], dense: float) -> None:
     """A group per shape; ours has its number above it."""
     shapes = [shape.name for shape in SHAPES if any(row.shape == shape.name for row in rows)]
     names = [name for name in _order() if any(row.provider == name for row in rows)]
@@ -101,7 +102,7 @@ def _bars(axes: Any, rows: list[Row]) -> None:
         found = {row.shape: row for row in rows if row.provider == name}
         at = [shapes.index(shape) for shape in found]
         left = [x - 0.42 + width * (place + 0.5) for x in at]
-        heights = [row.fraction for row in found.values()]
+        heights = [row.tflops / dense for row in found.values() if row.tflops is not None]
         bars = axes.bar(left, heights, width * 0.92, label=name, color=COLOURS.get(name, "#555555"))
         if name == "turnout":
             axes.bar_label(bars, fmt="%.2f", fontsize=8)
