@@ -181,6 +181,24 @@ def output_gradient(problem: Problem, seed: int = 1) -> Tensor:
     return torch.randn(x.shape, generator=generator, dtype=torch.float64, device=x.device).to(x)
 
 
+def undefined_where(dropped: Tensor, problem: Problem) -> tuple[Problem, Problem]:
+    """(with NaN, without) in routing weights and whole tokens that are dropped: no expert takes
+    these slots, and nobody has to define what stands there (expert parallelism does not)."""
+    experts = torch.where(dropped, problem.num_experts, problem.experts)
+    x = problem["x"].clone()
+    x[dropped.all(1)] = float("nan")
+    weights = problem["weights_TK"].masked_fill(dropped, float("nan"))
+    clean = problem.changed(experts=experts)
+    return clean.changed(x=x, weights_TK=weights), clean
+
+
+def spaced(x: Tensor) -> Tensor:
+    """The same rows with a gap, NaN, behind each."""
+    wide = x.new_full((x.shape[0], 2 * x.shape[1]), float("nan"))
+    wide[:, : x.shape[1]] = x
+    return wide[:, : x.shape[1]]
+
+
 def run(
     problem: Problem,
     needs: Iterable[str] | None = None,

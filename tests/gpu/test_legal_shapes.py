@@ -7,10 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import BASE, DEVICE, DTYPES, make
+from cuda_cases import BASE, DEVICE, DTYPES, HOPPER, make
 from torch import Tensor
 
-from problems import Problem, assert_same, check, output_gradient, random_problem, run
+from problems import (
+    Problem,
+    assert_same,
+    check,
+    output_gradient,
+    random_problem,
+    run,
+    undefined_where,
+)
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 ODD = "T257-E8-K2-H515"
@@ -97,19 +105,11 @@ def test_a_routing_is_wrong(shape: str, dtype: str, routing: str) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("shape", [ODD, "gpt-oss", "llama4"])
+@pytest.mark.parametrize("shape", [ODD, "gpt-oss", "llama4", HOPPER])
 def test_a_dropped_slot_is_read_or_counted(shape: str, options: str) -> None:
-    """Expert parallelism leaves weights and tokens undefined where the slot is another rank's."""
     problem = make(shape)
     dropped = dropped_of(problem.experts)
-    x = problem["x"].clone()
-    x[4] = float("nan")
-    garbage = problem.changed(
-        x=x,
-        weights_TK=problem["weights_TK"].masked_fill(dropped, float("nan")),
-        experts=torch.where(dropped, problem.num_experts, problem.experts),
-    )
-    clean = problem.changed(experts=garbage.experts)
+    garbage, clean = undefined_where(dropped, problem)
     dout = output_gradient(problem)
     expected = run(clean, dout=dout, **OPTIONS[options])
     assert_same(run(garbage, dout=dout, **OPTIONS[options]), expected)
@@ -120,7 +120,7 @@ def test_a_dropped_slot_is_read_or_counted(shape: str, options: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("shape", [ODD, "gpt-oss", "llama4"])
+@pytest.mark.parametrize("shape", [ODD, "gpt-oss", "llama4", HOPPER])
 def test_an_index_out_of_range_reads_out_of_bounds(shape: str, dtype: torch.dtype) -> None:
     """It is dropped, as E is; `test_sanitizer.py` watches the addresses of the same inputs."""
     problem = make(shape)
@@ -176,12 +176,13 @@ STRIDES = {"gaps": spread, "reversed dims": reverse, "unaligned": shift}
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "biases"])
 @pytest.mark.parametrize("how", STRIDES)
-def test_strides_or_alignment_matter(how: str, bias: bool) -> None:
+@pytest.mark.parametrize("shape", [BASE, HOPPER])
+def test_strides_or_alignment_matter(shape: str, how: str, bias: bool) -> None:
     """After the same sizes ran contiguous and aligned: what was compiled for those does not fit."""
-    run(make(BASE, bias=bias))
+    run(make(shape, bias=bias))
 
     def problem(seed: int) -> Problem:
-        made = make(BASE, seed=seed, bias=bias)
+        made = make(shape, seed=seed, bias=bias)
         strided = made.mapped(STRIDES[how]).changed(experts=STRIDES[how](made.experts))
         assert all(
             not leaf.is_contiguous() or leaf.data_ptr() % 16 for leaf in strided.leaves.values()
@@ -209,10 +210,11 @@ MIXED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("shape", [ODD, HOPPER])
 @pytest.mark.parametrize("dtypes", MIXED)
-def test_a_pair_of_dtypes_is_wrong(dtypes: str) -> None:
+def test_a_pair_of_dtypes_is_wrong(dtypes: str, shape: str) -> None:
     def problem(seed: int) -> Problem:
-        return make(ODD, seed=seed, **MIXED[dtypes])
+        return make(shape, seed=seed, **MIXED[dtypes])
 
     check(problem, problem(0).trained_by_lora)
 

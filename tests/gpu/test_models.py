@@ -91,14 +91,22 @@ def adapted(model: Any, adapters: str) -> Any:
 BLOCKS = ("qwen2_moe", "deepseek_v3", "minimax_m2", "glm4_moe")
 
 
+@pytest.mark.parametrize("adapters", ["none", "experts"])
 @pytest.mark.parametrize("key", BLOCKS)
-def test_a_block_with_its_shared_expert_is_another_block(key: str) -> None:
-    model = tiny.build(key).to(DEVICE)
+def test_a_block_with_its_shared_expert_is_another_block(key: str, adapters: str) -> None:
+    """Its output and the gradients of x and of all that trains, shared expert included."""
+    model = adapted(tiny.build(key).to(DEVICE), adapters)
     block = next(m for m in model.modules() if hasattr(m, "experts") and hasattr(m, "gate"))
+    leaves = [p for p in block.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 40, tiny.H, generator=generator).to(DEVICE)
+    x, dout = (torch.randn(2, 40, tiny.H, generator=generator).to(DEVICE) for _ in range(2))
+    leaves = [x.requires_grad_(), *leaves]
     found = block(x)
     expected = (found[0] if isinstance(found, tuple) else found).view_as(x)
-    with torch.no_grad():
-        got = turnout.block_forward(block, x)
-    assert (got - expected).norm() <= 1e-5 * expected.norm()
+    got = turnout.block_forward(block, x)
+    for a, b in zip(
+        (got, *torch.autograd.grad(got, leaves, dout)),
+        (expected, *torch.autograd.grad(expected, leaves, dout)),
+        strict=True,
+    ):
+        assert (a - b).norm() <= 1e-5 * b.norm(), tuple(b.shape)

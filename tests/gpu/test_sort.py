@@ -7,6 +7,7 @@ import torch
 from cuda_cases import DEVICE, device_work, waits_are_errors
 from torch import Tensor
 
+from sort_cases import assert_tiles
 from turnout.ragged import Ragged, sort_by_expert
 
 INT64 = torch.iinfo(torch.int64)
@@ -46,6 +47,8 @@ def assert_sorted(ragged: Ragged, experts_TK: Tensor, num_experts: int) -> None:
     assert torch.equal(ragged.row_TK.cpu().long(), row_S.view(experts_TK.shape))
     kept = (experts_TK >= 0) & (experts_TK < num_experts)
     assert torch.equal(ragged.kept_TK, kept)
+    if flat.numel():
+        assert_tiles(ragged)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "T{}-K{}-E{}".format(*size))
@@ -87,7 +90,7 @@ def test_a_strided_view_of_the_indices_is_read_in_memory_order() -> None:
 def test_two_sorts_differ() -> None:
     experts = indices(16384, 8, 128)
     one, other = sort_by_expert(experts, 128), sort_by_expert(experts, 128)
-    for name in ("slot_S", "row_TK", "token_S", "offsets"):
+    for name in ("slot_S", "row_TK", "token_S", "offsets", "tiles"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 

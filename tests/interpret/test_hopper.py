@@ -15,7 +15,16 @@ import torch
 from gluon_emulator import emulate
 
 import turnout
-from problems import GPT_OSS, Problem, check, random_problem, run
+from problems import (
+    GPT_OSS,
+    Problem,
+    assert_same,
+    check,
+    random_problem,
+    run,
+    spaced,
+    undefined_where,
+)
 from turnout import Activation
 from turnout.device import device_of
 from turnout.experts import gemm, gemm_hopper, hopper_config
@@ -174,6 +183,25 @@ def test_rows_of_other_experts_are_read(launches: list[str]) -> None:
     with poison_empty():
         check(skewed, backend="hopper")
     assert launches.count("gram_kernel") == 2, launches
+
+
+def test_gaps_between_rows_are_read(launches: list[str]) -> None:
+    problem = make()
+    expected = run(problem, backend="hopper")
+    usual = len(launches)
+    launches.clear()
+    assert_same(run(problem.changed(x=spaced(problem["x"])), backend="hopper"), expected)
+    assert len(launches) == usual > 0
+
+
+def test_what_nobody_defines_of_a_dropped_slot_is_read(launches: list[str]) -> None:
+    problem = make()
+    dropped = torch.zeros_like(problem.experts, dtype=torch.bool)
+    dropped[::3] = True
+    dropped[1::5, 0] = True
+    garbage, clean = undefined_where(dropped, problem)
+    assert_same(run(garbage, backend="hopper"), run(clean, backend="hopper"))
+    assert launches
 
 
 @pytest.mark.parametrize("rank", [16, 48])

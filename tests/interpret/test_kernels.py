@@ -12,6 +12,7 @@ from torch import Tensor
 
 import turnout
 from problems import GPT_OSS, Problem, assert_same, check, random_problem, run
+from sort_cases import assert_tiles
 from turnout import Activation
 from turnout.kernel_facts import interpreting
 from turnout.launch import noting
@@ -203,22 +204,15 @@ def test_rows_are_not_sorted_by_expert(
     generator = torch.Generator().manual_seed(0)
     experts = torch.randint(-1, num_experts + 2, (tokens, top_k), generator=generator)
     ragged = launch_sort(experts, num_experts, tile_rows, together=together)
-    slot, row, offsets, tiles = ragged.slot_S, ragged.row_TK, ragged.offsets, ragged.tiles
-    assert tiles is not None
+    slot, row, offsets = ragged.slot_S, ragged.row_TK, ragged.offsets
     flat = torch.where((experts < 0) | (experts > num_experts), num_experts, experts).flatten()
     order = flat.sort(stable=True).indices
     counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
     assert torch.equal(slot, order)
     assert torch.equal(row.flatten()[order], torch.arange(order.numel()))
     assert torch.equal(offsets, torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int())
-    begins = offsets.tolist()
-    expected = [
-        (e, first)
-        for e in range(num_experts)
-        for first in range(begins[e], begins[e + 1], tile_rows)
-    ]
-    found = [(e, first) for e, first in zip(*tiles.tolist(), strict=True) if e >= 0]
-    assert found == expected
+    assert ragged.tile_rows == tile_rows
+    assert_tiles(ragged)
 
 
 def test_the_public_sort_uses_the_kernels_here() -> None:
