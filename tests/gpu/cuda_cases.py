@@ -28,6 +28,7 @@ from turnout import Activation
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LORA = {"lora_dtype": torch.float32}
+REPLAYED = 4  # steps after a first one, of which the last ones replay what was recorded
 
 BASE = "T600-E16-K4-R33"  # of tests that need some problem
 HOPPER = "T700-E5-H320"  # and of those that Hopper's own kernels shall run on sm_90

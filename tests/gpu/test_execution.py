@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 import triton
-from cuda_cases import BASE, DEVICE, HOPPER, make, on_side_stream, step_of, waits_are_errors
+from cuda_cases import (
+    BASE,
+    DEVICE,
+    HOPPER,
+    REPLAYED,
+    make,
+    on_side_stream,
+    step_of,
+    waits_are_errors,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -19,7 +28,6 @@ from problems import assert_same, judge, output_gradient, run
 from turnout import compile_ahead, replay
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
-REPLAYED = 4  # steps, of which the last ones replay what an earlier one recorded
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "recompute": {"recompute": "gate_up"},

@@ -13,16 +13,7 @@ import pytest
 import torch
 from cuda_cases import DEVICE, HOPPER, MODELS, SHAPES, model_problem, zipf
 
-from problems import (
-    GPT_OSS,
-    Problem,
-    assert_same,
-    check,
-    random_problem,
-    run,
-    spaced,
-    undefined_where,
-)
+from problems import GPT_OSS, Problem, assert_same, check, random_problem, run, spaced
 from turnout import Activation
 from turnout.device import device_of
 from turnout.launch import recording
@@ -102,15 +93,6 @@ def test_gaps_between_rows_are_read() -> None:
     gaps = problem.changed(x=spaced(problem["x"]))
     assert_same(run(gaps, backend="hopper"), run(problem, backend="hopper"))
     assert launched(gaps) == launched(problem)
-
-
-def test_what_nobody_defines_of_a_dropped_slot_is_read() -> None:
-    problem = make()
-    dropped = torch.zeros_like(problem.experts, dtype=torch.bool)
-    dropped[::3] = True
-    dropped[1::5, 0] = True
-    garbage, clean = undefined_where(dropped, problem)
-    assert_same(run(garbage, backend="hopper"), run(clean, backend="hopper"))
 
 
 def test_recomputing_or_freezing_changes_the_numbers() -> None:

@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import DEVICE, MEMORY, MODELS, model_problem, step_of, waits_are_errors, zipf
+from cuda_cases import (
+    DEVICE,
+    MEMORY,
+    MODELS,
+    REPLAYED,
+    model_problem,
+    step_of,
+    waits_are_errors,
+    zipf,
+)
 from torch import Tensor
 
 from problems import Problem, assert_same, judge, output_gradient, restricted, run
@@ -93,7 +102,7 @@ def test_one_of_many_steps_differs_or_waits(shape: str, trained: str) -> None:
     step = step_of(problem, names)
     expected = [tensor.clone() for tensor in step()]
     with waits_are_errors():
-        for _ in range(4):  # the last ones replay what an earlier one recorded
+        for _ in range(REPLAYED):
             step()
     flush = torch.empty(FLUSH, dtype=torch.uint8, device=DEVICE)
     for number in range(REPEATS):
